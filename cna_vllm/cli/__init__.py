@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `cna-vllm`: dispatch, and one place where errors become lines and exit statuses.
+
+Status 0: all was done. 1: a check failed. 2: bad input, told in one line. 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from cna_vllm import __version__
+
+COMMANDS = {
+    "discover": "find the circuit of a behaviour from two sets of prompts",
+    "inspect": "show what a circuit file holds",
+    "generate": "answer every prompt under every multiplier",
+    "demo": "the whole story on a small real model",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"cna-vllm {__version__}")
+        return 0
+    command = arguments[0]
+    if command not in COMMANDS:
+        return _fail(f"unknown command {command!r}; known are {', '.join(COMMANDS)}")
+    try:
+        status: int = importlib.import_module(f"cna_vllm.cli.{command}").run(arguments[1:])
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of stdout left; the interpreter's own flush at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        named = error.filename is not None and error.strerror is not None
+        return _fail(f"{error.filename}: {error.strerror}" if named else str(error))
+    except ValueError as error:  # CircuitError, SteeringError, PromptError, vLLM's validation
+        return _fail(str(error))
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+    return (
+        "usage: cna-vllm COMMAND [options]\n\n"
+        "Circuits of MLP neurons in vLLM: find them, and scale them per request.\n\n"
+        f"commands:\n{commands}\n\n"
+        "cna-vllm COMMAND --help shows a command's options; cna-vllm --version the version."
+    )
+
+
+def _fail(message: str) -> int:
+    print(f"cna-vllm: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

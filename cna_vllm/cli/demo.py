@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`cna-vllm demo`: discover a circuit, switch it off and up, and check that nothing else moved.
+
+The behaviour is harmless and visible: answering in French when asked to. Requests at three
+multipliers and unrelated plain requests share one batch of one engine.
+"""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+from cna_vllm.cli.options import OptionParser, UsageError
+from cna_vllm.models import DEFAULT_MODEL
+from cna_vllm.prompts import Prompt, read_prompts
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+_DESCRIPTION = """\
+Discover the circuit for answering in French in a small real model, switch it off and turn it up
+for single requests of one batch, and check that the other requests of that batch did not move."""
+_NAME = "french"
+_MULTIPLIERS = (1.0, 0.0, 2.0)
+_TITLES = {1.0: "m = 1 (plain)", 0.0: "m = 0 (off)", 2.0: "m = 2 (up)"}
+_MAX_TOKENS = 32
+_SHOWN = 4
+_COLUMN = 30
+
+
+@dataclass(frozen=True)
+class Reply:
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise of the demo, what was seen, and whether it holds."""
+
+    claim: str
+    seen: str
+    holds: bool
+
+
+def run(argv: list[str]) -> int:
+    parser = OptionParser("demo", _DESCRIPTION, model="[MODEL]")
+    _, rest = parser.split(argv)
+    try:
+        import py3langid  # noqa: F401
+    except ImportError as error:
+        raise UsageError("the demo needs py3langid: pip install 'cna-vllm[demo]'") from error
+
+    from cna_vllm.cli.engine_args import start_engine
+
+    llm = start_engine(
+        "demo",
+        rest,
+        {"record": True, "max_circuits": 8},
+        default_model=DEFAULT_MODEL,
+        cpu_defaults={"dtype": "float32", "kv_cache_memory_bytes": 2**30},
+    )
+
+    from cna_vllm.discovery import discover
+    from cna_vllm.serving.control import load_circuit
+
+    _say("recording 12 French and 12 English requests")
+    circuit = discover(llm, packaged("positive"), packaged("negative"))
+    load_circuit(llm, _NAME, circuit)
+    print(circuit.summary())
+
+    heldout, plain = packaged("heldout"), packaged("plain")
+    _say(f"one batch: {len(heldout)} held-out requests x 3 multipliers + {len(plain)} plain ones")
+    jobs = [(prompt, m) for m in _MULTIPLIERS for prompt in heldout]
+    mixed = _generate(llm, jobs + [(prompt, None) for prompt in plain])
+    _say("the plain requests alone")
+    alone = _generate(llm, [(prompt, None) for prompt in plain])
+
+    replies = {
+        m: mixed[i * len(heldout) : (i + 1) * len(heldout)] for i, m in enumerate(_MULTIPLIERS)
+    }
+    print(f"\n{_table(heldout[:_SHOWN], replies)}")
+    checks = _checks(replies, mixed[len(jobs) :], alone)
+    for check in checks:
+        print(f"{'ok  ' if check.holds else 'FAIL'}  {check.claim}: {check.seen}")
+    return 0 if all(check.holds for check in checks) else 1
+
+
+def packaged(name: str) -> list[Prompt]:
+    """The demo's prompts: `positive`, `negative`, `heldout` or `plain`."""
+    with resources.as_file(resources.files("cna_vllm") / "data" / "french" / f"{name}.txt") as path:
+        return read_prompts(path)
+
+
+def _generate(llm: LLM, jobs: Sequence[tuple[Prompt, float | None]]) -> list[Reply]:
+    from vllm import SamplingParams, TokensPrompt
+
+    from cna_vllm.rendering import render
+    from cna_vllm.request import steer
+
+    tokenizer = llm.get_tokenizer()
+    inputs = [TokensPrompt(prompt_token_ids=render(tokenizer, prompt)) for prompt, _ in jobs]
+    params = [
+        SamplingParams(
+            max_tokens=_MAX_TOKENS,
+            temperature=0.0,
+            extra_args=None if multiplier is None else steer(_NAME, multiplier),
+        )
+        for _, multiplier in jobs
+    ]
+    outputs = [request.outputs[0] for request in llm.generate(inputs, params)]
+    return [Reply(output.text, tuple(output.token_ids)) for output in outputs]
+
+
+def _checks(
+    replies: Mapping[float, Sequence[Reply]], mixed: Sequence[Reply], alone: Sequence[Reply]
+) -> list[Check]:
+    import py3langid
+
+    total = len(replies[1.0])
+    french = {
+        m: sum(py3langid.classify(reply.text)[0] == "fr" for reply in group)
+        for m, group in replies.items()
+    }
+    shares = {m: count / total for m, count in french.items()}
+    seen = {m: f"{count} of {total}" for m, count in french.items()}
+    equal = sum(a.token_ids == b.token_ids for a, b in zip(mixed, alone, strict=True))
+    return [
+        Check("m = 1 answers in French, at least 60%", seen[1.0], shares[1.0] >= 0.6),
+        Check("m = 0 answers in French, at most 10%", seen[0.0], shares[0.0] <= 0.1),
+        Check("m = 2 answers in French, at least 90%", seen[2.0], shares[2.0] >= 0.9),
+        Check(
+            "plain requests in the same batch unchanged, all, token by token",
+            f"{equal} of {len(alone)}",
+            equal == len(alone),
+        ),
+    ]
+
+
+def _table(prompts: Sequence[Prompt], replies: Mapping[float, Sequence[Reply]]) -> str:
+    lines = ["  ".join(f"{_TITLES[m]:{_COLUMN}}" for m in _MULTIPLIERS).rstrip()]
+    for index, prompt in enumerate(prompts):
+        lines.append(f"--- {prompt.text}")
+        columns = [
+            textwrap.wrap(textwrap.shorten(replies[m][index].text, 3 * _COLUMN), _COLUMN)
+            for m in _MULTIPLIERS
+        ]
+        for row in zip_longest(*columns, fillvalue=""):
+            lines.append("  ".join(f"{cell:{_COLUMN}}" for cell in row).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parsing a command's own options, apart from vLLM's engine flags.
+
+A command's options are parsed first and without vLLM, so that help is instant and every mistake
+in them, or in the files they name, is told before an engine starts. Whatever they leave over, the
+model and vLLM's flags, goes to `engine_args`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from cna_vllm.circuit import Circuit
+
+_ENGINE_HELP = (
+    "MODEL is a folder, a hub id, or smollm2 (a small model that is built on first use).\n"
+    "All engine flags of vLLM are taken too: --help=all lists them."
+)
+
+
+class UsageError(ValueError):
+    """A command line that cannot be run: one line."""
+
+
+class OptionParser(argparse.ArgumentParser):
+    """`argparse`, but a mistake raises UsageError, and names may be written with underscores."""
+
+    def __init__(self, command: str, description: str, *, model: str = "") -> None:
+        super().__init__(
+            prog=f"cna-vllm {command} {model}".rstrip(),
+            description=description,
+            epilog=_ENGINE_HELP if model else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.command = command
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see cna-vllm {self.command} --help")
+
+    def split(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """This command's options, and the arguments left for the engine, in their order.
+
+        `--help=...`, the form in which vLLM searches its flags, prints those and exits.
+        """
+        if any(argument.startswith("--help=") for argument in argv):
+            from cna_vllm.cli.engine_args import parse_engine_args
+
+            parse_engine_args(self.command, argv)  # prints them and exits
+        return self.parse_known_args([_dashed(argument) for argument in argv])
+
+
+def load_circuits(arguments: Sequence[str]) -> dict[str, tuple[Path, Circuit]]:
+    """Parses and loads `NAME=C.json` arguments: name -> absolute path and circuit.
+
+    Raises:
+        UsageError: not of that form, or a name given twice.
+        CircuitError: a file is not a valid circuit.
+    """
+    circuits: dict[str, tuple[Path, Circuit]] = {}
+    for argument in arguments:
+        name, separator, path = argument.partition("=")
+        if not (name and separator and path):
+            raise UsageError(f"--circuit {argument!r}: write it as NAME=C.json")
+        if name in circuits:
+            raise UsageError(f"--circuit: the name {name!r} is given twice")
+        circuits[name] = (Path(path).resolve(), Circuit.load(path))
+    return circuits
+
+
+def check_output(path: str, overwrite: bool) -> None:
+    """Raises UsageError if `path` exists and may not be replaced, or lies in no folder."""
+    target = Path(path)
+    if not target.absolute().parent.is_dir():
+        raise UsageError(f"{path}: the folder {str(target.parent)!r} does not exist")
+    if target.is_dir():
+        raise UsageError(f"{path}: is a folder; name a file")
+    if target.exists() and not overwrite:
+        raise UsageError(f"{path}: exists; choose another name or add --overwrite")
+
+
+def positive_int(text: str) -> int:
+    """An option's value that counts something."""
+    try:
+        if (value := int(text)) >= 1:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+
+
+def _dashed(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, separator, value = argument.partition("=")
+    return name.replace("_", "-") + separator + value

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts: read from .txt, .jsonl and .csv files."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_FILE_BYTES = 256 * 2**20
+DEFAULT_COLUMN = "prompt"
+
+
+class PromptError(ValueError):
+    """A prompt or a prompt file that cannot be used: one line with the file and the line."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request's input: either plain `text`, or chat `messages` with `role` and `content`."""
+
+    text: str | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.messages is None):
+            raise PromptError("give exactly one of 'prompt' and 'messages'")
+        if self.text is not None:
+            if not isinstance(self.text, str) or not self.text.strip():
+                raise PromptError("'prompt' must be a non-empty string")
+            return
+        if not isinstance(self.messages, list | tuple) or not self.messages:
+            raise PromptError("'messages' must be a non-empty list")
+        for message in self.messages:
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise PromptError("each of 'messages' must be an object with a 'role'")
+            if "content" not in message:
+                raise PromptError("each of 'messages' must have a 'content'")
+        object.__setattr__(self, "messages", tuple(self.messages))
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"prompt": text}` or `{"messages": [...]}`, as in a .jsonl file."""
+        if self.text is not None:
+            return {"prompt": self.text}
+        return {"messages": [dict(message) for message in self.messages or ()]}
+
+
+def read_prompts(path: str | os.PathLike[str], *, column: str | None = None) -> list[Prompt]:
+    """Reads a prompt file by its suffix.
+
+    `.txt`: one prompt a line. `.jsonl`: objects with `prompt` or `messages`. `.csv`: the column
+    named `column` (default `prompt`). Blank lines are skipped.
+
+    Raises:
+        PromptError: `FILE: reason` or `FILE:LINE: reason`.
+    """
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv}
+    name, suffix = os.fspath(path), Path(path).suffix.lower()
+    if suffix not in readers:
+        raise PromptError(f"{name}: unknown kind of file; use {', '.join(readers)}")
+    if column is not None and suffix != ".csv":
+        raise PromptError(f"{name}: a column can be named for .csv files only")
+    prompts = list(readers[suffix](name, _read_text(name), column or DEFAULT_COLUMN))
+    if not prompts:
+        raise PromptError(f"{name}: holds no prompt")
+    return prompts
+
+
+def prompts_digest(prompts: Iterable[Prompt]) -> str:
+    """SHA-256 (64 hex digits) over the prompts, in order."""
+    whole = hashlib.sha256()
+    for prompt in prompts:
+        line = json.dumps(prompt.to_dict(), ensure_ascii=True, sort_keys=True)
+        whole.update(line.encode("ascii") + b"\n")
+    return whole.hexdigest()
+
+
+def _read_text(name: str) -> str:
+    try:
+        with open(name, "rb") as handle:
+            raw = handle.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise PromptError(f"{name}: cannot be read: {error.strerror}") from error
+    if len(raw) > MAX_FILE_BYTES:
+        raise PromptError(f"{name}: is larger than {MAX_FILE_BYTES} bytes")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise PromptError(f"{name}:{line}: is not UTF-8 text") from error
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Numbered non-blank lines; only newlines end a line, not every character Unicode calls so."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line.strip()
+
+
+def _read_txt(name: str, text: str, column: str) -> Iterator[Prompt]:
+    for _, line in _lines(text):
+        yield Prompt(text=line)
+
+
+def _read_jsonl(name: str, text: str, column: str) -> Iterator[Prompt]:
+    for number, line in _lines(text):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise PromptError(f"{name}:{number}: is not JSON: {error.msg}") from error
+        except (RecursionError, ValueError) as error:
+            raise PromptError(f"{name}:{number}: is not usable JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise PromptError(f"{name}:{number}: must be an object with 'prompt' or 'messages'")
+        try:
+            yield Prompt(text=row.get("prompt"), messages=row.get("messages"))
+        except PromptError as error:
+            raise PromptError(f"{name}:{number}: {error}") from error
+
+
+def _read_csv(name: str, text: str, column: str) -> Iterator[Prompt]:
+    rows = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    try:
+        if column not in (rows.fieldnames or ()):
+            found = ", ".join(map(repr, rows.fieldnames or ())) or "none"
+            raise PromptError(f"{name}:1: no column {column!r}; the columns are {found}")
+        for row in rows:
+            if any(isinstance(value, str) and value.strip() for value in row.values()):
+                yield _csv_prompt(name, rows.line_num, row[column])
+    except csv.Error as error:
+        raise PromptError(f"{name}:{rows.line_num}: is not CSV: {error}") from error
+
+
+def _csv_prompt(name: str, line: int, value: str | None) -> Prompt:
+    try:
+        return Prompt(text=value or "")
+    except PromptError as error:
+        raise PromptError(f"{name}:{line}: {error}") from error

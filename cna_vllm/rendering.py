@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a prompt to the token ids that the engine sees: one way for discovery and generation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cna_vllm.prompts import Prompt
+
+
+def render(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:
+    """Token ids of a prompt: one user turn through the chat template, with the generation prompt.
+
+    Text of a model without a chat template, or with ``raw``, is tokenized as it is. Ids are
+    returned rather than text, so that no special token is added twice. Raises ValueError when
+    messages meet a model without a chat template.
+    """
+    messages = prompt.messages
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if messages is None:
+        if raw or not has_template:
+            return list(tokenizer.encode(prompt.text))
+        messages = [{"role": "user", "content": prompt.text}]
+    elif not has_template:
+        raise ValueError("messages: this model has no chat template; give prompts as text")
+    ids = tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    return list(ids)

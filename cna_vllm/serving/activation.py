@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The module that stands where a gated MLP's fused activation stood."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from cna_kernels import act_and_mul_scaled, record_rows
+
+
+@dataclass(frozen=True)
+class StepBuffers:
+    """Per-step routing, shared by all layers. Addresses never change, contents do.
+
+    row_arm: int32 [max_num_tokens]: the arm of each token row of the step, -1 for plain rows.
+    arm_circuits: int32 [max_arms, slots]: table rows of an arm's circuits, -1 for unused slots.
+    arm_multipliers: float32 [max_arms, slots].
+    row_record: int32 [max_num_tokens]: recording slot of each token row, -1 for none; None when
+        the engine does not record.
+    """
+
+    row_arm: torch.Tensor
+    arm_circuits: torch.Tensor
+    arm_multipliers: torch.Tensor
+    row_record: torch.Tensor | None = None
+
+
+class SteeredActAndMul(nn.Module):
+    """act(gate) * up with each token row's circuits scaled; one op, in place of one op.
+
+    x: [num_tokens, 2 * width] -> [num_tokens, width]. No Python branch depends on request data,
+    so the module is traced and captured like the activation it replaces.
+    """
+
+    row_arm: torch.Tensor
+    arm_circuits: torch.Tensor
+    arm_multipliers: torch.Tensor
+    masks: torch.Tensor
+    row_record: torch.Tensor | None
+    recorded: torch.Tensor | None
+
+    def __init__(
+        self,
+        activation: str,
+        step: StepBuffers,
+        masks: torch.Tensor,
+        recorded: torch.Tensor | None = None,
+    ) -> None:
+        """masks: uint8 [max_circuits, ceil(width / 8)], this layer's slice of the table;
+        recorded: [slots, width] of the model's dtype, where recorded rows are written."""
+        super().__init__()
+        self.activation = activation
+        # Buffers, so that what saves and restores a model's buffers (sleep mode) keeps them.
+        for name, tensor in (
+            ("row_arm", step.row_arm),
+            ("arm_circuits", step.arm_circuits),
+            ("arm_multipliers", step.arm_multipliers),
+            ("masks", masks),
+            ("row_record", step.row_record if recorded is not None else None),
+            ("recorded", recorded),
+        ):
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = act_and_mul_scaled(
+            x, self.row_arm, self.arm_circuits, self.arm_multipliers, self.masks, self.activation
+        )
+        if self.recorded is not None and self.row_record is not None:
+            record_rows(out, self.row_record, self.recorded)
+        return out
+
+    def extra_repr(self) -> str:
+        return f"{self.activation}, circuits={self.masks.shape[0]}"

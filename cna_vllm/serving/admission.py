@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Admission: a request's steering fields become content digests, or the request is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cna_vllm.request import (
+    FIELD_CIRCUIT,
+    FIELD_PREFIX,
+    FIELD_RECORD,
+    RESOLVED_FIELD,
+    CircuitRequest,
+    SteeringError,
+    resolve,
+)
+from cna_vllm.serving.config import CnaConfig
+from cna_vllm.serving.registry import CircuitRegistry
+
+
+def has_fields(extra_args: Mapping[str, Any] | None) -> bool:
+    """Whether a request carries any of our fields, known or not."""
+    return any(isinstance(k, str) and k.startswith(FIELD_PREFIX) for k in extra_args or ())
+
+
+def refuse_without_config(extra_args: Mapping[str, Any] | None) -> None:
+    """For engines started without a ``cna`` key: raises SteeringError if steering is asked for."""
+    if has_fields(extra_args):
+        raise SteeringError(
+            FIELD_CIRCUIT,
+            "this engine was started without circuits; start it with "
+            "additional_config={'cna': {'circuits': {...}}}",
+        )
+
+
+class Admission:
+    """Validates steering fields against one engine's configuration and registry."""
+
+    def __init__(self, config: CnaConfig, registry: CircuitRegistry) -> None:
+        self.config = config
+        self.registry = registry
+
+    def admit(
+        self, extra_args: Mapping[str, Any] | None, *, resumable: bool = False
+    ) -> dict[str, Any] | None:
+        """The extra_args that the engine shall see: ours replaced by the resolved form.
+
+        The resolved form names circuits by content digest, computed here and never taken from a
+        client, so that it can key the prefix cache. Raises SteeringError, naming the field.
+        """
+        if extra_args is None or not has_fields(extra_args):
+            return None if extra_args is None else dict(extra_args)
+        others = {k: v for k, v in extra_args.items() if not str(k).startswith(FIELD_PREFIX)}
+        ours = {k: v for k, v in extra_args.items() if str(k).startswith(FIELD_PREFIX)}
+        group = ours.pop(FIELD_RECORD, None)
+        if resumable:
+            raise SteeringError(
+                FIELD_CIRCUIT,
+                "streaming input sessions cannot be steered or recorded, since their prompt "
+                "length changes; send the whole prompt at once",
+            )
+        if group is not None:
+            others[FIELD_RECORD] = self._recording_group(group, ours)
+            return others
+        request = CircuitRequest.from_extra_args(
+            ours,
+            max_multiplier=self.config.max_multiplier,
+            max_circuits=self.config.max_circuits_per_request,
+        )
+        if request is not None:
+            steering = resolve(request, self.registry.digest)
+            if steering is not None:
+                others[RESOLVED_FIELD] = steering.to_field()
+        return others
+
+    def _recording_group(self, group: Any, other_fields: Mapping[str, Any]) -> str:
+        if not self.config.record:
+            raise SteeringError(
+                FIELD_RECORD, "this engine does not record; start it with cna.record = true"
+            )
+        if not isinstance(group, str) or not 0 < len(group) <= 64:
+            raise SteeringError(FIELD_RECORD, "must be a group name of 1 to 64 characters")
+        if other_fields:
+            raise SteeringError(
+                FIELD_RECORD,
+                f"a recorded request cannot be steered; drop {', '.join(sorted(other_fields))}",
+            )
+        return group

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``cna`` section of ``additional_config``: parsed once, refused with the field and the fix."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+CONFIG_KEY = "cna"
+
+
+class CnaConfigError(ValueError):
+    """The engine cannot be started as configured; the message names the setting and the fix."""
+
+
+@dataclass(frozen=True)
+class CnaConfig:
+    """What one engine may steer.
+
+    circuits: name -> path of a circuit file, loaded by the front end and by every worker.
+    max_circuits: rows of the resident table; memory is rows * layers * intermediate_size / 8
+        bytes over all ranks.
+    max_circuits_per_request: how many circuits one request may combine.
+    max_multiplier: largest accepted |multiplier|.
+    record: also keep activations of requests that ask for it (discovery).
+    digests: name -> content digest seen by the front end; workers refuse other content.
+    """
+
+    circuits: Mapping[str, str] = field(default_factory=dict)
+    max_circuits: int = 128
+    max_circuits_per_request: int = 4
+    max_multiplier: float = 1000.0
+    record: bool = False
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> CnaConfig | None:
+        """None when there is no ``cna`` key: then the engine is plain vLLM.
+
+        Raises CnaConfigError for anything that is not understood.
+        """
+        if not isinstance(additional_config, Mapping) or CONFIG_KEY not in additional_config:
+            return None
+        section = additional_config[CONFIG_KEY]
+        if not isinstance(section, Mapping):
+            raise CnaConfigError(
+                f"additional_config['{CONFIG_KEY}'] must be an object, got "
+                f"{type(section).__name__}; use {{}} for an engine without circuits at start"
+            )
+        known = {f.name for f in fields(cls)}
+        for key in section:
+            if key not in known:
+                raise CnaConfigError(
+                    f"additional_config['{CONFIG_KEY}'] has the unknown key {key!r}; "
+                    f"known keys: {', '.join(sorted(known - {'digests'}))}"
+                )
+        config = cls(**{**section, "circuits": _circuits(section.get("circuits", {}))})
+        for name in ("max_circuits", "max_circuits_per_request"):
+            value = getattr(config, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise CnaConfigError(f"cna.{name} must be a whole number of at least 1")
+        limit = config.max_multiplier
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= 1e6:
+            raise CnaConfigError("cna.max_multiplier must be a number above 0 and up to 1e6")
+        if not isinstance(config.record, bool):
+            raise CnaConfigError("cna.record must be true or false")
+        if len(config.circuits) > config.max_circuits:
+            raise CnaConfigError(
+                f"cna.circuits names {len(config.circuits)} circuits, more than cna.max_circuits "
+                f"= {config.max_circuits}; raise max_circuits"
+            )
+        return config
+
+
+def _circuits(value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping):
+        raise CnaConfigError("cna.circuits must map names to circuit files")
+    circuits: dict[str, str] = {}
+    for name, path in value.items():
+        check_name(name)
+        if not isinstance(path, str | os.PathLike):
+            raise CnaConfigError(f"cna.circuits[{name!r}] must be the path of a circuit file")
+        circuits[name] = os.fspath(path)
+    return circuits
+
+
+def check_name(name: Any) -> None:
+    """Raises CnaConfigError unless ``name`` can name a circuit: 1 to 128 printable characters."""
+    if not isinstance(name, str) or not 0 < len(name) <= 128 or not name.isprintable():
+        raise CnaConfigError(
+            f"circuit name {str(name)[:40]!r} is not a string of 1 to 128 printable characters"
+        )

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding the gated MLP of every decoder layer by structure, and proving that it is hooked.
+
+No module names are assumed: a gated MLP is the module that directly owns one fused
+activation-and-multiply and one row-parallel linear, whose input is then the vector of neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class UnsupportedModelError(ValueError):
+    """Steering is configured for a model in which it could not act; the message says why."""
+
+
+@dataclass(frozen=True)
+class LayerVocabulary:
+    """How to read one framework's modules; the only thing the search knows about vLLM.
+
+    activation: name of the fused activation ("silu", ...), or None for any other module.
+    unknown_activation: whether a module is a fused activation that no kernel here covers.
+    down_projection: the row-parallel linear behind a module (LoRA unwrapped), or None.
+    routed_experts: whether a module runs fused routed experts.
+    """
+
+    activation: Callable[[nn.Module], str | None]
+    unknown_activation: Callable[[nn.Module], bool]
+    down_projection: Callable[[nn.Module], nn.Module | None]
+    routed_experts: Callable[[nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """One gated MLP on this rank: neurons [offset, offset + width) of ``layer``."""
+
+    layer: int
+    path: str
+    module: nn.Module
+    attribute: str
+    activation: str
+    down_proj: nn.Module
+    width: int
+    offset: int
+    total_width: int
+
+
+def find_gated_mlps(
+    layers: Mapping[int, tuple[str, nn.Module]], vocabulary: LayerVocabulary
+) -> list[GatedMlp]:
+    """The gated MLP of each decoder layer of this rank, in layer order.
+
+    layers: global layer index -> (module path, decoder layer); layers of other pipeline stages
+    are left out by the caller. Raises UnsupportedModelError, naming the layer, when a layer has
+    routed experts, no gated MLP, or more than one.
+    """
+    return [
+        _gated_mlp(index, path, layer, vocabulary)
+        for index, (path, layer) in sorted(layers.items())
+    ]
+
+
+def _gated_mlp(index: int, path: str, layer: nn.Module, vocabulary: LayerVocabulary) -> GatedMlp:
+    found: list[GatedMlp] = []
+    for name, module in layer.named_modules(prefix=path):
+        if vocabulary.routed_experts(module):
+            raise UnsupportedModelError(
+                f"layer {index}: {name} is a fused mixture of routed experts, whose neurons "
+                "cannot be steered yet; remove the cna key to serve this model unsteered"
+            )
+        activations = [
+            (attribute, kind)
+            for attribute, child in module.named_children()
+            if (kind := vocabulary.activation(child)) is not None
+        ]
+        if any(vocabulary.unknown_activation(child) for child in module.children()):
+            raise UnsupportedModelError(
+                f"layer {index}: {name} uses a fused activation that no kernel covers "
+                f"({', '.join(type(c).__name__ for c in module.children())}); covered: silu, gelu"
+            )
+        downs = [d for c in module.children() if (d := vocabulary.down_projection(c)) is not None]
+        if len(activations) == 1 and len(downs) == 1:
+            attribute, kind = activations[0]
+            down: Any = downs[0]
+            width, total = int(down.input_size_per_partition), int(down.input_size)
+            found.append(
+                GatedMlp(
+                    layer=index,
+                    path=name,
+                    module=module,
+                    attribute=attribute,
+                    activation=kind,
+                    down_proj=down,
+                    width=width,
+                    offset=int(down.tp_rank) * width,
+                    total_width=total,
+                )
+            )
+    if len(found) != 1:
+        what = "no gated MLP" if not found else f"{len(found)} gated MLPs"
+        raise UnsupportedModelError(
+            f"layer {index} ({path}): found {what}; steering needs exactly one module that owns a "
+            "fused activation-and-multiply and a row-parallel down projection in every layer"
+        )
+    return found[0]
+
+
+@torch.inference_mode()
+def ablated_output_matches(mlp: GatedMlp, hidden_size: int, dtype: torch.dtype) -> bool:
+    """Whether the MLP's own forward pass obeys its hook.
+
+    The caller has marked row 1 as ablated in every channel and row 0 as plain; so row 1 must
+    leave the MLP as what ``down_proj`` makes of zeros, whatever the weights are. This runs the
+    model's real forward code, so a path that goes around the hook shows here.
+    """
+    device = next(mlp.module.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, hidden_size, generator=generator).to(device, dtype)
+    steered = mlp.module(hidden)
+    zeros = torch.zeros(2, mlp.width, dtype=dtype, device=device)
+    expected = mlp.down_proj(zeros)
+    if isinstance(expected, tuple):
+        expected = expected[0]
+    if isinstance(steered, tuple):
+        steered = steered[0]
+    return bool(torch.equal(steered[1], expected[1]))

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading vLLM's configuration and model classes: what is served, and where its neurons are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from cna_vllm.serving.gated_mlp import (
+    GatedMlp,
+    LayerVocabulary,
+    UnsupportedModelError,
+    find_gated_mlps,
+)
+from cna_vllm.serving.registry import ServedModel
+
+
+def served_model(model_config: Any) -> ServedModel:
+    """What circuits must fit, from vLLM's model configuration."""
+    text_config = model_config.hf_text_config
+    width = getattr(text_config, "intermediate_size", None)
+    if not isinstance(width, int):
+        raise UnsupportedModelError(
+            f"{model_config.model}: its configuration has no single intermediate_size "
+            f"({width!r}); steering needs one size for all layers"
+        )
+    return ServedModel(
+        model=model_config.model,
+        architecture=model_config.architectures[0],
+        num_layers=model_config.get_total_num_hidden_layers(),
+        intermediate_size=width,
+    )
+
+
+def gated_mlps(model: nn.Module, num_layers: int) -> list[GatedMlp]:
+    """The gated MLPs of the decoder layers that this pipeline stage owns."""
+    from vllm.lora.layers.base import BaseLayerWithLoRA
+    from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
+    from vllm.model_executor.layers.linear import RowParallelLinear
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    def activation(module: nn.Module) -> str | None:
+        if type(module) is SiluAndMul:
+            return "silu"
+        if type(module) is GeluAndMul:
+            return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+        return None
+
+    def unknown_activation(module: nn.Module) -> bool:
+        name = type(module).__name__
+        return activation(module) is None and ("AndMul" in name or "FatRelu" in name)
+
+    def down_projection(module: nn.Module) -> nn.Module | None:
+        linear: Any = module.base_layer if isinstance(module, BaseLayerWithLoRA) else module
+        return linear if isinstance(linear, RowParallelLinear) else None
+
+    text_model: nn.Module = model
+    if hasattr(model, "get_language_model"):
+        language_model: Any = model.get_language_model
+        text_model = language_model()
+    stacks = [
+        (name, module)
+        for name, module in text_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    ]
+    if len(stacks) != 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected one list of {num_layers} decoder layers, found "
+            f"{[name for name, _ in stacks] or 'none'}; this architecture is not supported"
+        )
+    prefix, stack = stacks[0]
+    owned = {
+        index: (f"{prefix}.{index}", layer)
+        for index, layer in enumerate(stack)
+        if not isinstance(layer, PPMissingLayer)
+    }
+    return find_gated_mlps(
+        owned,
+        LayerVocabulary(
+            activation=activation,
+            unknown_activation=unknown_activation,
+            down_projection=down_projection,
+            routed_experts=lambda module: isinstance(module, MoERunnerInterface),
+        ),
+    )
+
+
+def refuse_unsupported(vllm_config: Any) -> None:
+    """Raises UnsupportedModelError for engine features under which rows could not be routed."""
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    speculative = vllm_config.speculative_config
+    reasons = {
+        "micro-batching (enable_dbo, ubatch_size)": parallel.use_ubatching,
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
+        "adaptive verification of drafts": speculative is not None
+        and speculative.enable_adaptive_verification,
+        "a KV connector, whose keys may not tell steered blocks apart (kv_transfer_config)": (
+            vllm_config.kv_transfer_config is not None
+        ),
+        "diffusion language models": vllm_config.model_config.is_diffusion,
+        "encoder-decoder models": vllm_config.model_config.is_encoder_decoder,
+        "pooling models": vllm_config.model_config.runner_type == "pooling",
+    }
+    for reason, present in reasons.items():
+        if present:
+            raise UnsupportedModelError(
+                f"steering does not work with {reason}; turn it off or remove the cna key"
+            )

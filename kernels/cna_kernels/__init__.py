@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused gated activation that scales chosen channels row by row."""
+
+from cna_kernels.activations import DTYPES, EAGER
+from cna_kernels.library import act_and_mul_scaled
+from cna_kernels.record_rows import record_rows, record_rows_reference
+from cna_kernels.reference import (
+    act_and_mul_scaled_reference,
+    mask_width,
+    pack_mask,
+    scale_reference,
+)
+from cna_kernels.tables import check_tables
+
+__all__ = [
+    "DTYPES",
+    "EAGER",
+    "act_and_mul_scaled",
+    "act_and_mul_scaled_reference",
+    "check_tables",
+    "mask_width",
+    "pack_mask",
+    "record_rows",
+    "record_rows_reference",
+    "scale_reference",
+]

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPU path of ``act_and_mul_scaled``: eager activation, then sparse steering in place.
+
+Routing is resolved in numpy views of the operands, whose small calls cost a third of torch's.
+Only (row, channel) pairs inside a circuit are touched.
+"""
+
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cna_kernels.activations import eager_activation
+
+Ints = NDArray[np.intp]
+Floats = NDArray[np.float32]
+
+MAX_ELEMENTS: Final = 1 << 21
+"""Elements of the largest temporary, whatever the number of rows and the size of circuits."""
+
+_BITS: Final = {2: torch.int16, 4: torch.int32}
+
+ROWS_PER_ARM: Final = 4
+"""Mean rows of an arm from which circuits are resolved once an arm, not once a row."""
+
+
+def act_and_mul_scaled_cpu(
+    x: Tensor,
+    row_arm: Tensor,
+    arm_circuits: Tensor,
+    arm_multipliers: Tensor,
+    masks: Tensor,
+    activation: str,
+) -> Tensor:
+    """out[t, j] = f * (act(gate) * up)[t, j], the product in place of a second allocation.
+
+    Operands as for :func:`cna_kernels.act_and_mul_scaled`, which dispatches here. Rows that are
+    not steered hold exactly the bits of ``act(x[:, :I]) * x[:, I:]``.
+    Raises ValueError for an unknown activation.
+    """
+    gate, up = x.chunk(2, 1)
+    out = eager_activation(activation)(gate).mul_(up)
+    arms = row_arm.numpy()[: x.shape[0]]
+    rows = (arms >= 0).nonzero()[0]
+    if rows.size:
+        tables = arm_circuits.numpy(), arm_multipliers.numpy(), masks.numpy()
+        _steer(out, rows, arms.take(rows), *tables)
+    return out
+
+
+def _steer(
+    out: Tensor,
+    rows: Ints,
+    arms: NDArray[np.int32],
+    arm_circuits: NDArray[np.int32],
+    arm_multipliers: Floats,
+    masks: NDArray[np.uint8],
+) -> None:
+    """out[rows[i], j] = f(arms[i], j) * out[rows[i], j] for the channels j of circuits of arms[i].
+
+    The entries of a block of arms are resolved together: of the arms in use where each serves
+    many rows (prefill), else of the arm of every row.
+    """
+    size = out.shape[1]
+    present = np.zeros(len(arm_circuits), dtype=bool)
+    present[arms] = True
+    used = present.nonzero()[0]
+    grouped = used.size * ROWS_PER_ARM <= rows.size
+    resolved = used if grouped else arms
+    block = max(1, MAX_ELEMENTS // (size * max(1, arm_circuits.shape[1])))
+    for start in range(0, resolved.size, block):
+        part = resolved[start : start + block]
+        owner, channel, factor = _entries(
+            arm_circuits.take(part, 0), arm_multipliers.take(part, 0), masks, size
+        )
+        if not owner.size:
+            continue
+        if not grouped:
+            _multiply(out, rows[start:].take(owner) * size + channel, factor)
+            continue
+        bounds = np.searchsorted(owner, np.arange(part.size + 1)).tolist()
+        for i, arm in enumerate(part):
+            begin, end = bounds[i], bounds[i + 1]
+            if begin == end:
+                continue
+            bases = rows[arms == arm][:, None] * size
+            step = max(1, MAX_ELEMENTS // (end - begin))
+            for low in range(0, len(bases), step):
+                at = bases[low : low + step] + channel[begin:end]
+                _multiply(out, at, factor[begin:end])
+
+
+def _entries(
+    circuits: NDArray[np.int32], multipliers: Floats, masks: NDArray[np.uint8], size: int
+) -> tuple[Ints, Ints, Floats]:
+    """(a, j, f): every channel j in a circuit of arm a, once, with its factor; sorted by a.
+
+    f is the product, in slot order, of multipliers[a, k] over the slots k whose circuit holds j.
+    """
+    in_use = (circuits >= 0).reshape(-1).nonzero()[0]
+    held = masks.take(circuits.take(in_use), 0).reshape(-1)
+    nonzero = (held != 0).nonzero()[0]  # in two dimensions: 4 to 27 times slower
+    if not nonzero.size:
+        return nonzero, nonzero, multipliers[:0, 0]
+    hit = np.unpackbits(held.take(nonzero), bitorder="little").view(bool).nonzero()[0]
+    pair, channel = np.divmod(nonzero.take(hit >> 3) * 8 + (hit & 7), 8 * masks.shape[1])
+    if size & 7:  # the last byte has padding bits
+        inside = channel < size
+        pair, channel = pair[inside], channel[inside]
+    arm = in_use // circuits.shape[1]
+    owner = arm.take(pair)
+    factor = multipliers.reshape(-1)[in_use.take(pair)]
+    if np.count_nonzero(arm[1:] == arm[:-1]):  # several slots: merge shared channels
+        key = owner * size + channel
+        order = key.argsort(kind="stable")  # equal keys keep their slot order
+        key = key[order]
+        first = np.concatenate(([True], key[1:] != key[:-1])).nonzero()[0]
+        factor = np.asarray(np.multiply.reduceat(factor[order], first))
+        owner, channel = owner[order[first]], channel[order[first]]
+    return owner, channel, factor
+
+
+def _multiply(out: Tensor, at: Ints, factor: Floats) -> None:
+    """out.flatten()[at] = round(factor * out.flatten()[at]), product in float32, +0 for factor 0.
+
+    Gathered and scattered as integers in numpy: torch's take and put_ enter a parallel region
+    from a few thousand elements on, which costs milliseconds where cores are contended.
+    """
+    flat = out.view(_BITS[out.itemsize]).numpy().reshape(-1)
+    raw = flat[at]
+    torch.from_numpy(raw).view(out.dtype).mul_(torch.from_numpy(factor))
+    if not factor.all():
+        raw *= factor != 0
+    flat[at] = raw

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real vLLM engine in a process of its own: a list of steps in, their results out.
+
+One process per engine keeps environment, compile caches and patched modules apart, and lets the
+GPU model runner run on a CPU through Triton's interpreter, which must be chosen before vLLM is
+imported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+V1: Mapping[str, str] = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+V2: Mapping[str, str] = {
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "TRITON_INTERPRET": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+
+
+class EngineFailed(AssertionError):
+    """The engine's process ended with an error; carries its output."""
+
+
+def run_engine(
+    engine: Mapping[str, Any],
+    steps: Sequence[Mapping[str, Any]],
+    *,
+    env: Mapping[str, str] = V1,
+    setup: str = "",
+    timeout: int = 900,
+) -> list[Any]:
+    """Starts ``LLM(**engine)``, runs ``steps`` in order and returns one result per step.
+
+    steps: {"op": "generate", "requests": [{"prompt": ids, "params": {...}}]} -> outputs with
+    token_ids and cached tokens; {"op": "load" | "unload" | "status" | "classes" | ...}.
+    setup: Python source run before the engine is built (to register a test's own model).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        job, result = Path(folder) / "job.json", Path(folder) / "result.json"
+        job.write_text(json.dumps({"engine": dict(engine), "steps": list(steps), "setup": setup}))
+        process = subprocess.run(
+            [sys.executable, __file__, str(job), str(result)],
+            env={
+                **os.environ,
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                "VLLM_LOGGING_LEVEL": "WARNING",
+                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+                "HF_HUB_OFFLINE": "1",
+                **env,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        if process.returncode != 0 or not result.exists():
+            raise EngineFailed(f"engine ended with {process.returncode}\n{process.stdout[-6000:]}")
+        return json.loads(result.read_text())
+
+
+def _stand_in_driver() -> None:
+    """Triton has no CPU driver; vLLM only wants to see one that is active."""
+    from types import SimpleNamespace
+
+    import triton
+
+    driver = SimpleNamespace(is_active=lambda: True)
+    triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+
+
+def _plain(output: Any) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "token_ids": [list(o.token_ids) for o in output.outputs],
+        "cached": output.num_cached_tokens,
+    }
+    if output.outputs[0].logprobs is not None:
+        # Hexadecimal, so that a comparison is to the last bit.
+        result["logprobs"] = [
+            sorted((token, value.logprob.hex()) for token, value in step.items())
+            for step in output.outputs[0].logprobs
+        ]
+    return result
+
+
+class _Steps:
+    def __init__(self, engine: Mapping[str, Any]) -> None:
+        self.engine = engine
+
+    @cached_property
+    def llm(self) -> Any:
+        from vllm import LLM
+
+        return LLM(**self.engine)
+
+    def generate(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        from vllm import SamplingParams, TokensPrompt
+
+        prompts = [TokensPrompt(prompt_token_ids=r["prompt"]) for r in requests]
+        params = [SamplingParams(**{"temperature": 0.0, **r.get("params", {})}) for r in requests]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        return [_plain(output) for output in outputs]
+
+    def stream(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The same through AsyncLLM, all requests at once, outputs as they come."""
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self.engine))
+
+        async def one(index: int, request: Mapping[str, Any]) -> dict[str, Any]:
+            params = SamplingParams(
+                temperature=0.0, output_kind=RequestOutputKind.DELTA, **request["params"]
+            )
+            tokens: list[int] = []
+            pieces = 0
+            async for output in engine.generate(
+                TokensPrompt(prompt_token_ids=request["prompt"]), params, f"stream-{index}"
+            ):
+                tokens += output.outputs[0].token_ids
+                pieces += 1
+            return {"token_ids": [tokens], "pieces": pieces}
+
+        async def everything() -> list[dict[str, Any]]:
+            return await asyncio.gather(*(one(i, r) for i, r in enumerate(requests)))
+
+        try:
+            return asyncio.run(everything())
+        finally:
+            engine.shutdown()
+
+    def refused(self, requests: Sequence[Mapping[str, Any]]) -> list[str]:
+        """The error text of each request, "" where it was accepted."""
+        messages = []
+        for request in requests:
+            try:
+                self.generate([request])
+            except Exception as error:
+                messages.append(f"{type(error).__name__}: {error}")
+            else:
+                messages.append("")
+        return messages
+
+    def load(self, name: str, circuit: Mapping[str, Any]) -> str:
+        from cna_vllm import Circuit
+        from cna_vllm.serving.control import load_circuit
+
+        return load_circuit(self.llm, name, Circuit.from_dict(circuit)).digest
+
+    def unload(self, name: str) -> None:
+        from cna_vllm.serving.control import unload_circuit
+
+        unload_circuit(self.llm, name)
+
+    def status(self) -> list[dict[str, Any]]:
+        from cna_vllm.serving.control import status
+
+        return status(self.llm)
+
+    def metric(self, name: str) -> int:
+        return int(sum(m.value for m in self.llm.get_metrics() if m.name == name))
+
+    def classes(self) -> list[str]:
+        """Class names of the model's modules and of the runner, in order."""
+
+        def names(worker: Any) -> list[str]:
+            runner = worker.model_runner
+            state = getattr(runner, "model_state", None)
+            modules = runner.get_model().modules()
+            return [type(runner).__qualname__, type(state).__qualname__] + [
+                f"{type(m).__module__}.{type(m).__qualname__}" for m in modules
+            ]
+
+        return self.llm.collective_rpc(names)[0]
+
+    def discover(self, positive: Sequence[str], negative: Sequence[str], **options: Any) -> Any:
+        from cna_vllm.discovery import discover
+        from cna_vllm.prompts import Prompt
+
+        return discover(
+            self.llm,
+            [Prompt(text=t) for t in positive],
+            [Prompt(text=t) for t in negative],
+            **options,
+        ).to_dict()
+
+
+def _main(job_path: str, result_path: str) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _stand_in_driver()
+    job = json.loads(Path(job_path).read_text())
+    exec(job["setup"], {"__name__": "setup"})
+    steps = _Steps(job["engine"])
+    results = []
+    for step in job["steps"]:
+        arguments = dict(step)
+        results.append(getattr(steps, arguments.pop("op"))(**arguments))
+    Path(result_path).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operands shared by the kernel tests."""
+
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cna_kernels import mask_width, pack_mask, scale_reference
+
+WIDTHS: Final = (1536, 4864, 14336, 1, 7, 33, 1000)
+ROUTINGS: Final = ("none", "identical", "distinct", "skewed", "padded")
+MULTIPLIERS: Final = (0.0, -0.0, 0.5, 2.0, -1.0, 1e4)
+BITS: Final = {
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+
+
+class Tables(NamedTuple):
+    row_arm: Tensor
+    arm_circuits: Tensor
+    arm_multipliers: Tensor
+    masks: Tensor
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Integer view, in which NaN payloads and the sign of zero count."""
+    return tensor.view(BITS[tensor.dtype])
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal bits, except that any NaN equals any NaN: torch's payloads depend on alignment."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(
+        bits(a)[~a.isnan()], bits(b)[~b.isnan()]
+    )
+
+
+def make_masks(width: int, seed: int = 0) -> Tensor:
+    """Five circuits: sparse, overlapping sparse, every channel with padding bits, last, none."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(width, generator=generator)[:48].tolist()
+    full = torch.full((mask_width(width),), 255, dtype=torch.uint8)
+    return torch.stack(
+        [
+            pack_mask(order[:32], width),
+            pack_mask(order[16:], width),
+            full,
+            pack_mask([width - 1], width),
+            pack_mask([], width),
+        ]
+    )
+
+
+def make_row_arm(routing: str, rows: int, arms: int) -> Tensor:
+    """int32 row_arm; "padded" is longer than rows, with indices past T that no table has."""
+    match routing:
+        case "none":
+            row_arm = [-1] * rows
+        case "identical":
+            row_arm = [1] * rows
+        case "distinct":
+            row_arm = [row % arms for row in range(rows)]
+        case "skewed":
+            row_arm = [0 if row % 4 else (row // 4) % (arms + 1) - 1 for row in range(rows)]
+        case "padded":
+            row_arm = [row % (arms + 1) - 1 for row in range(rows)] + [1 << 30] * 5
+        case _:
+            raise ValueError(routing)
+    return torch.tensor(row_arm, dtype=torch.int32)
+
+
+def make_tables(width: int, routing: str, rows: int) -> Tables:
+    """Six arms of four slots: holes anywhere, overlapping circuits, every one of MULTIPLIERS."""
+    circuits = [
+        [-1, 0, -1, 1],
+        [0, 1, -1, -1],
+        [-1, -1, -1, -1],
+        [3, 2, 1, 0],
+        [-1, 1, 4, -1],
+        [3, -1, -1, 0],
+    ]
+    multipliers = torch.tensor(MULTIPLIERS)[torch.arange(24).reshape(6, 4) * 5 % 6]
+    multipliers = multipliers.roll(1, 0)
+    multipliers[3] = torch.tensor([0.1, 1.7, -0.3, 1.1])
+    return Tables(
+        make_row_arm(routing, rows, len(circuits)),
+        torch.tensor(circuits, dtype=torch.int32),
+        multipliers.contiguous(),
+        make_masks(width),
+    )
+
+
+def make_x(
+    width: int, rows: int, dtype: torch.dtype, *, hostile: bool = False, pad: int = 0
+) -> Tensor:
+    """x [rows, 2 * width] with row stride 2 * width + pad; hostile adds infinities and NaN."""
+    generator = torch.Generator().manual_seed(width + rows)
+    x = 3 * torch.randn(rows, 2 * width + pad, generator=generator)
+    if hostile:
+        special = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 1e30])
+        chosen = torch.rand(x.shape, generator=generator) < 0.2
+        x[chosen] = special[torch.randint(6, (int(chosen.sum()),), generator=generator)]
+    return x.to(dtype)[:, : 2 * width]
+
+
+def inside_circuits(tables: Tables, rows: int, width: int) -> Tensor:
+    """bool [rows, width]: whether a circuit of the row's arm holds the channel."""
+    zeroing = tables._replace(arm_multipliers=torch.zeros_like(tables.arm_multipliers))
+    return scale_reference(torch.ones(rows, width), *zeroing) == 0

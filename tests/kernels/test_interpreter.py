@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernel, run by Triton's interpreter, against the reference."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.kernels import interpreter_worker
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    worker = subprocess.run(
+        [sys.executable, interpreter_worker.__file__],
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert worker.returncode == 0, worker.stderr
+    result: dict[str, Any] = json.loads(worker.stdout)
+    assert result["cases"] == len(interpreter_worker.CASES)
+    return result
+
+
+@pytest.mark.parametrize("name", [case.name for case in interpreter_worker.CASES])
+def test_kernel(report: dict[str, Any], name: str) -> None:
+    assert name not in report["failures"], report["failures"][name]

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An independent oracle: Hugging Face forward passes with hooks, knowing nothing of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+# A differing token is excused only where the oracle itself cannot tell the two apart.
+NEAR_TIE = 1e-4
+
+Channels = Mapping[int, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a request asks for, spelled out: (channels by layer, multiplier) pairs and a scope."""
+
+    circuits: tuple[tuple[Channels, float], ...] = ()
+    scope: str = "last"
+
+    def first_position(self, prompt_len: int) -> int:
+        return {"last": prompt_len - 1, "all": 0, "generated": prompt_len}[self.scope]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Comparison of one output with the oracle's greedy choice."""
+
+    equal: bool
+    near_tie: bool
+    position: int
+    gap: float
+
+
+class HookedModel:
+    """A float32 Hugging Face model whose ``down_proj`` inputs are scaled by hooks."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+
+    @contextmanager
+    def steered(self, arm: Arm, prompt_len: int) -> Iterator[None]:
+        first = arm.first_position(prompt_len)
+        handles = []
+        for index, layer in enumerate(self.model.model.layers):
+            hook = _scaling_hook(arm, index, first)
+            handles.append(layer.mlp.down_proj.register_forward_pre_hook(hook))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.inference_mode()
+    def check(self, prompt: Sequence[int], output: Sequence[int], arm: Arm) -> Verdict:
+        """Whether every token of ``output`` is the greedy choice after all tokens before it.
+
+        One pass over prompt and output together: by induction this is what greedy generation
+        with the same hooks would have written.
+        """
+        tokens = torch.tensor([[*prompt, *output]])
+        with self.steered(arm, len(prompt)):
+            logits = self.model(tokens).logits[0, len(prompt) - 1 : -1].float()
+        choice = logits.argmax(-1)
+        wrong = (choice != torch.tensor(list(output))).nonzero()
+        if not len(wrong):
+            return Verdict(True, False, -1, 0.0)
+        at = int(wrong[0])
+        top = logits[at].topk(2).values
+        gap = float(top[0] - top[1])
+        return Verdict(False, gap < NEAR_TIE, at, gap)
+
+    @torch.inference_mode()
+    def down_proj_inputs(self, prompt: Sequence[int]) -> torch.Tensor:
+        """float32 [layers, intermediate_size] at the last token of ``prompt``."""
+        seen: dict[int, torch.Tensor] = {}
+        handles = []
+        for index, layer in enumerate(self.model.model.layers):
+
+            def keep(_module: object, args: tuple[torch.Tensor], index: int = index) -> None:
+                seen[index] = args[0][0, -1].clone()
+
+            handles.append(layer.mlp.down_proj.register_forward_pre_hook(keep))
+        try:
+            self.model(torch.tensor([list(prompt)]))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack([seen[i] for i in range(len(seen))])
+
+
+def _scaling_hook(arm: Arm, layer: int, first: int):  # type: ignore[no-untyped-def]
+    def scale(_module: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden = args[0].clone()
+        for channels, multiplier in arm.circuits:
+            index = list(channels.get(layer, ()))
+            if index:
+                hidden[:, first:, index] *= multiplier
+        return (hidden, *args[1:])
+
+    return scale
+
+
+def assert_token_exact(verdicts: Sequence[Verdict], what: str) -> None:
+    """All equal, or excused by the oracle's own near tie; prints the count of both."""
+    excused = [v for v in verdicts if not v.equal and v.near_tie]
+    wrong = [(i, v) for i, v in enumerate(verdicts) if not v.equal and not v.near_tie]
+    print(
+        f"{what}: {len(verdicts)} outputs, {len(excused)} excused as near ties, {len(wrong)} wrong"
+    )
+    assert not wrong, f"{what}: {len(wrong)} of {len(verdicts)} outputs differ: {wrong[:5]}"
