@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
+# Engines share a CPU well, but not the memory of one GPU.
+TEST_JOBS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
+
 .PHONY: help setup demo test style bench
 .DEFAULT_GOAL := help
 
@@ -25,9 +28,9 @@ style: setup ## lint and type checks
 	$(BIN)/mypy
 
 test: style ## style, and all tests, those with a real engine included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal
 
-bench: setup ## run every benchmark; results go to benchmarks/results
-	@set -e; for script in benchmarks/*.py; do \
-		echo "== $$script"; $(BIN)/python "$$script"; \
+bench: setup ## run every benchmark; add RECORD=1 to append to benchmarks/results
+	@set -e; for name in act_and_mul_scaled engine_throughput; do \
+		echo "== $$name"; $(BIN)/python benchmarks/$$name.py $(if $(RECORD),--record); \
 	done

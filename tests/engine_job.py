@@ -58,6 +58,7 @@ def run_engine(
                 "VLLM_LOGGING_LEVEL": "WARNING",
                 "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
                 "HF_HUB_OFFLINE": "1",
+                **_own_core(),
                 **env,
             },
             stdout=subprocess.PIPE,
@@ -67,8 +68,18 @@ def run_engine(
             check=False,
         )
         if process.returncode != 0 or not result.exists():
-            raise EngineFailed(f"engine ended with {process.returncode}\n{process.stdout[-6000:]}")
+            raise EngineFailed(f"engine ended with {process.returncode}\n{process.stdout[-20000:]}")
         return json.loads(result.read_text())
+
+
+def _own_core() -> dict[str, str]:
+    """Under pytest-xdist, a core for each worker's engines; left alone, all bind to the same."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None:
+        return {}
+    return {
+        "VLLM_CPU_OMP_THREADS_BIND": str(int(worker.removeprefix("gw")) % (os.cpu_count() or 1))
+    }
 
 
 def _stand_in_driver() -> None:

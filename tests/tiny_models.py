@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+)
 
 LAYERS = 4
 WIDTH = 96
@@ -39,9 +45,7 @@ def llama(folder: Path, **overrides: Any) -> Path:
             **overrides,
         }
     )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return folder
+    return _save(config, folder)
 
 
 def prompts(count: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
@@ -79,3 +83,38 @@ def circuit_object(
             for index in indices
         ],
     }
+
+
+def mixtral(folder: Path) -> Path:
+    """A random mixture of experts; its routed experts cannot be steered."""
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=4,
+        max_position_embeddings=128,
+    )
+    return _save(config, folder)
+
+
+def gpt_neox(folder: Path) -> Path:
+    """A random model whose MLPs have no gate."""
+    config = GPTNeoXConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+    )
+    return _save(config, folder)
+
+
+def _save(config: PretrainedConfig, folder: Path) -> Path:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from fractions import Fraction
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,8 @@ SIGNS: tuple[Sign, ...] = ("both", "positive", "negative")
 
 def circuit_size(num_layers: int, intermediate_size: int, fraction: float) -> int:
     """k = max(1, floor(fraction * num_layers * intermediate_size))."""
-    return max(1, math.floor(fraction * num_layers * intermediate_size))
+    # Exact arithmetic on the fraction as written: 0.29 * 100 is 28.999... in floating point.
+    return max(1, math.floor(Fraction(repr(float(fraction))) * num_layers * intermediate_size))
 
 
 def select_neurons(

@@ -57,18 +57,26 @@ def record_means(
             )
     llm.collective_rpc("cna_take_recording")
     llm.generate(prompts, params, use_tqdm=True)
+    config = llm.llm_engine.model_config
     return assemble(
-        llm.collective_rpc("cna_take_recording"), {g: len(m) for g, m in groups.items()}
+        llm.collective_rpc("cna_take_recording"),
+        {group: len(members) for group, members in groups.items()},
+        config.get_total_num_hidden_layers(),
+        config.hf_text_config.intermediate_size,
     )
 
 
-def assemble(reports: Sequence[Mapping[str, Any]], expected: Mapping[str, int]) -> GroupMeans:
+def assemble(
+    reports: Sequence[Mapping[str, Any]],
+    expected: Mapping[str, int],
+    num_layers: int,
+    intermediate_size: int,
+) -> GroupMeans:
     """Joins the shares of all ranks. Raises RuntimeError when one is missing or miscounted."""
-    num_layers = 1 + max(layer for report in reports for layer in report["layers"])
-    width = max(report["offset"] + report["width"] for report in reports)
     means: dict[str, NDArray[np.float64]] = {}
     for group, count in expected.items():
-        mean = np.full((num_layers, width), np.nan)
+        mean = np.zeros((num_layers, intermediate_size))
+        covered = np.zeros((num_layers, intermediate_size), dtype=bool)
         for report in reports:
             found = report["groups"].get(group)
             if found is None or found["count"] != count:
@@ -80,5 +88,11 @@ def assemble(reports: Sequence[Mapping[str, Any]], expected: Mapping[str, int]) 
             total = np.frombuffer(found["sum"], dtype=np.float64).reshape(shape)
             columns = slice(report["offset"], report["offset"] + report["width"])
             mean[report["layers"], columns] = total / count
+            covered[report["layers"], columns] = True
+        if not covered.all():
+            raise RuntimeError(
+                f"only {covered.sum()} of {covered.size} neurons were recorded for group "
+                f"{group!r}; a worker's share is missing"
+            )
         means[group] = mean
     return GroupMeans(counts=dict(expected), means=means)

@@ -53,6 +53,7 @@ class Admission:
             return None if extra_args is None else dict(extra_args)
         others = {k: v for k, v in extra_args.items() if not str(k).startswith(FIELD_PREFIX)}
         ours = {k: v for k, v in extra_args.items() if str(k).startswith(FIELD_PREFIX)}
+        recorded = FIELD_RECORD in ours
         group = ours.pop(FIELD_RECORD, None)
         if resumable:
             raise SteeringError(
@@ -60,7 +61,7 @@ class Admission:
                 "streaming input sessions cannot be steered or recorded, since their prompt "
                 "length changes; send the whole prompt at once",
             )
-        if group is not None:
+        if recorded:
             others[FIELD_RECORD] = self._recording_group(group, ours)
             return others
         request = CircuitRequest.from_extra_args(

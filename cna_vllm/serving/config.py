@@ -64,6 +64,8 @@ class CnaConfig:
         limit = config.max_multiplier
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= 1e6:
             raise CnaConfigError("cna.max_multiplier must be a number above 0 and up to 1e6")
+        if not isinstance(config.digests, Mapping):
+            raise CnaConfigError("cna.digests is set by the engine itself; remove it")
         if not isinstance(config.record, bool):
             raise CnaConfigError("cna.record must be true or false")
         if len(config.circuits) > config.max_circuits:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cna_vllm.circuit import Circuit
+from cna_vllm.serving.config import check_name
 from cna_vllm.serving.seams import admission_of
 
 if TYPE_CHECKING:
@@ -17,11 +18,13 @@ def load_circuit(llm: LLM, name: str, circuit: Circuit | str | Path) -> Circuit:
     """Makes ``name`` stand for ``circuit`` (or a circuit file) on every worker.
 
     An existing name is replaced: running requests finish on what they started with, and no
-    prefix-cache block of the old content can be hit. Raises CircuitError when the circuit is
+    prefix-cache block of the old content can be hit. The new content needs a row of its own
+    (``max_circuits``) before the old one's is given back. Raises CircuitError when the circuit is
     malformed or of another model, before any worker sees it.
     """
     registry = admission_of(llm).registry
     loaded = circuit if isinstance(circuit, Circuit) else registry.load(circuit)
+    check_name(name)
     registry.check(loaded)
     previous = registry.circuits().get(name)
     llm.collective_rpc("cna_load", args=(loaded.to_dict(),))

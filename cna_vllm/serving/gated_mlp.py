@@ -59,10 +59,15 @@ def find_gated_mlps(
     are left out by the caller. Raises UnsupportedModelError, naming the layer, when a layer has
     routed experts, no gated MLP, or more than one.
     """
-    return [
+    found = [
         _gated_mlp(index, path, layer, vocabulary)
         for index, (path, layer) in sorted(layers.items())
     ]
+    if len({id(mlp.module) for mlp in found}) < len(found):
+        raise UnsupportedModelError(
+            "decoder layers share one MLP module; their neurons could not be told apart"
+        )
+    return found
 
 
 def _gated_mlp(index: int, path: str, layer: nn.Module, vocabulary: LayerVocabulary) -> GatedMlp:

@@ -48,6 +48,7 @@ class Recorder:
             len(self._layers), max_num_reqs, width, dtype=dtype, device=device
         )
         self._pending: dict[str, _Pending] = {}
+        self._recorded: set[str] = set()
         self._staged: list[str] = []
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -60,7 +61,7 @@ class Recorder:
     def add(self, req_id: str, group: str | None, prompt_len: int) -> None:
         """Asks for one recording of a request's last prompt token."""
         self._pending.pop(req_id, None)
-        if group is not None:
+        if group is not None and req_id not in self._recorded:
             self._pending[req_id] = _Pending(group, prompt_len - 1)
 
     def remove(self, req_id: str) -> None:
@@ -89,6 +90,7 @@ class Recorder:
                 rows[start + want.position - computed] = len(self._staged)
                 self._staged.append(want.group)
                 del self._pending[req_id]
+                self._recorded.add(req_id)
             start += scheduled
         upload(self.row_record, rows)
         self._dirty = bool(self._staged)
@@ -105,6 +107,7 @@ class Recorder:
             for group, total in self._sums.items()
         }
         self._sums, self._counts = {}, {}
+        self._recorded.clear()
         return {
             "layers": list(self._layers),
             "offset": self._offset,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,14 +68,14 @@ class SteeringRuntime:
         """Device memory of the resident table, in bytes."""
         return self.table.nbytes
 
-    def load(self, circuit: Circuit) -> int:
-        """Makes a circuit resident on this rank and returns its row."""
+    def load(self, circuit: Circuit, wanted: Collection[str] = ()) -> int:
+        """Makes a circuit resident on this rank and returns its row; see ``CircuitTable.load``."""
         if self.layers and circuit.intermediate_size != self._total_width:
             raise CnaConfigError(
                 f"circuit of {circuit.model} has intermediate_size {circuit.intermediate_size}, "
                 f"the served model {self._total_width}"
             )
-        return self.table.load(circuit)
+        return self.table.load(circuit, wanted)
 
     def unload(self, digest: str) -> bool:
         """Retires a circuit; running requests finish on it."""

@@ -13,13 +13,19 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from cna_vllm.request import FIELD_CIRCUIT, RESOLVED_FIELD, SteeringError
+from cna_vllm.request import (
+    FIELD_CIRCUIT,
+    FIELD_RECORD,
+    RESOLVED_FIELD,
+    Steering,
+    SteeringError,
+)
 from cna_vllm.serving import admission
 from cna_vllm.serving.cache_keys import steering_block_key
 from cna_vllm.serving.config import CONFIG_KEY, CnaConfig, CnaConfigError
@@ -50,6 +56,7 @@ def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..
 def install() -> None:
     """Installs the seams of this process. Cheap: the worker's wait until a worker is built."""
     from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.worker_base import WorkerBase
 
@@ -57,6 +64,7 @@ def install() -> None:
     wrap(InputProcessor, "process_inputs", _process_inputs)
     wrap(InputProcessor, "assign_request_id", _assign_request_id)
     wrap(kv_cache_utils, "_gen_prompt_embeds_extra_hash_keys", _block_keys)
+    wrap(EngineCore, "collective_rpc", _core_rpc)
     wrap(WorkerBase, "__init__", _worker_init)
 
 
@@ -110,7 +118,8 @@ def _assign_request_id(original: Callable[[Any], None]) -> Callable[[Any], None]
 
     def assign_request_id(request: Any) -> None:
         extra_args = getattr(request.sampling_params, "extra_args", None) or {}
-        if FIELD_CIRCUIT in extra_args and RESOLVED_FIELD not in extra_args:
+        admitted = (RESOLVED_FIELD, FIELD_RECORD)
+        if admission.has_fields({k: v for k, v in extra_args.items() if k not in admitted}):
             raise _validation_error(
                 SteeringError(
                     FIELD_CIRCUIT,
@@ -179,6 +188,35 @@ def _block_keys(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         return keys if key is None else [*keys, key]
 
     return _gen_prompt_embeds_extra_hash_keys
+
+
+def _core_rpc(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """Tells workers that make room for a circuit which ones unfinished requests still need.
+
+    Only the core knows them all: running, preempted and waiting.
+    """
+
+    def collective_rpc(
+        self: Any,
+        method: Any,
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        if method == "cna_load":
+            kwargs = {**(kwargs or {}), "wanted": _wanted_digests(self.scheduler.requests)}
+        return original(self, method, timeout, args, kwargs)
+
+    return collective_rpc
+
+
+def _wanted_digests(requests: Mapping[str, Any]) -> list[str]:
+    digests: set[str] = set()
+    for request in requests.values():
+        extra_args = getattr(request.sampling_params, "extra_args", None) or {}
+        if (resolved := extra_args.get(RESOLVED_FIELD)) is not None:
+            digests.update(digest for digest, _ in Steering.from_field(resolved).pairs)
+    return sorted(digests)
 
 
 # --- worker ------------------------------------------------------------------------------------
@@ -299,6 +337,11 @@ def attach(vllm_config: Any, model: nn.Module, device: torch.device) -> Steering
     config = CnaConfig.from_additional_config(vllm_config.additional_config)
     if config is None:
         raise CnaConfigError("the engine was not configured to steer")
+    if config.record and vllm_config.parallel_config.data_parallel_size > 1:
+        raise CnaConfigError(
+            "cna.record does not work with data parallelism, whose dummy steps would be recorded; "
+            "discover on one replica"
+        )
     scheduler = vllm_config.scheduler_config
     model_config = vllm_config.model_config
     runtime = SteeringRuntime(

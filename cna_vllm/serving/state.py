@@ -79,7 +79,7 @@ class SteeringState:
         if len(digests) > self._slots:
             raise ValueError(f"request {req_id} has {len(digests)} circuits, over {self._slots}")
         self._arms[req_id] = _Arm(
-            rows=tuple(self._table.acquire(digest) for digest in digests),
+            rows=self._table.acquire(digests),
             digests=digests,
             multipliers=tuple(multiplier for _, multiplier in steering.pairs),
             first_position=steering.first_position(prompt_len),
@@ -101,8 +101,7 @@ class SteeringState:
         if req_id not in self._arms:
             return
         self.suspend(req_id)
-        for row in self._arms.pop(req_id).rows:
-            self._table.release(row)
+        self._table.release(self._arms.pop(req_id).rows)
 
     def fill(
         self,

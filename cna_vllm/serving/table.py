@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ class CircuitTable:
 
     A circuit costs ceil(width / 8) bytes a layer. An unloaded circuit keeps its row until the
     row is needed, so a request that was admitted before the unload still finds it; a row that a
-    running request uses is never overwritten.
+    running or waiting request uses is never overwritten.
     """
 
     def __init__(
@@ -66,16 +66,17 @@ class CircuitTable:
             d for row, d in enumerate(self._digests) if d is not None and row not in self._retired
         )
 
-    def load(self, circuit: Circuit) -> int:
+    def load(self, circuit: Circuit, wanted: Collection[str] = ()) -> int:
         """Makes ``circuit`` resident and returns its row; loading it again is a no-op.
 
-        Raises CircuitTableError when every row is taken.
+        wanted: digests that admitted requests may still ask for, also such as wait to run; their
+        rows are kept. Raises CircuitTableError when every row is taken.
         """
         row = self._row_of.get(circuit.digest)
         if row is not None:
             self._retired.pop(row, None)
             return row
-        row = self._free_row()
+        row = self._free_row(wanted)
         previous = self._digests[row]
         if previous is not None:
             del self._row_of[previous]
@@ -93,23 +94,26 @@ class CircuitTable:
         self._retired[row] = None
         return True
 
-    def acquire(self, digest: str) -> int:
-        """The row of ``digest``, held until ``release``. Raises CircuitTableError if absent."""
-        row = self._row_of.get(digest)
-        if row is None:
-            raise CircuitTableError(
-                f"a request was admitted with circuit {digest[:12]}, which is not resident on "
-                "this worker; refusing to run it unsteered"
-            )
-        self._users[row] += 1
-        return row
+    def acquire(self, digests: Sequence[str]) -> tuple[int, ...]:
+        """The row of each digest, held until released; all of them, or CircuitTableError."""
+        for digest in digests:
+            if digest not in self._row_of:
+                raise CircuitTableError(
+                    f"a request was admitted with circuit {digest[:12]}, which is not resident "
+                    "on this worker; refusing to run it unsteered"
+                )
+        rows = tuple(self._row_of[digest] for digest in digests)
+        for row in rows:
+            self._users[row] += 1
+        return rows
 
-    def release(self, row: int) -> None:
-        """Gives back one ``acquire``."""
-        self._users[row] -= 1
+    def release(self, rows: Sequence[int]) -> None:
+        """Gives back what one ``acquire`` returned."""
+        for row in rows:
+            self._users[row] -= 1
 
     def users(self, digest: str) -> int:
-        """Running requests that hold ``digest``."""
+        """How often running requests hold ``digest``."""
         row = self._row_of.get(digest)
         return 0 if row is None else self._users[row]
 
@@ -122,12 +126,12 @@ class CircuitTable:
             bits[position, local[(local >= 0) & (local < self._width)]] = 1
         return torch.from_numpy(np.packbits(bits, axis=1, bitorder="little"))
 
-    def _free_row(self) -> int:
+    def _free_row(self, wanted: Collection[str]) -> int:
         for row, digest in enumerate(self._digests):
             if digest is None:
                 return row
         for row in self._retired:
-            if self._users[row] == 0:
+            if self._users[row] == 0 and self._digests[row] not in wanted:
                 return row
         raise CircuitTableError(
             f"all {len(self._digests)} circuit rows are in use; unload a circuit or raise "

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cna_vllm.circuit import Circuit
@@ -16,10 +16,13 @@ def _runtime(worker: Any) -> SteeringRuntime:
     return runtime_of(worker)
 
 
-def cna_load(worker: Any, circuit: Mapping[str, Any]) -> str:
-    """Makes a circuit, given as its file's object, resident; returns its digest."""
+def cna_load(worker: Any, circuit: Mapping[str, Any], wanted: Sequence[str] = ()) -> str:
+    """Makes a circuit, given as its file's object, resident; returns its digest.
+
+    wanted: digests of all requests that the engine has not finished; the engine's core adds it.
+    """
     loaded = Circuit.from_dict(dict(circuit))
-    _runtime(worker).load(loaded)
+    _runtime(worker).load(loaded, wanted)
     return loaded.digest
 
 

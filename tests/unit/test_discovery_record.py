@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Joining the shares of all ranks and stages, or refusing to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from cna_vllm.discovery.record import assemble
+
+LAYERS, WIDTH = 5, 8
+STAGES, OFFSETS = ([0, 1, 2], [3, 4]), (0, 4)
+COUNTS = {"positive": 3, "negative": 2}
+
+
+def whole(seed: int = 0) -> dict[str, NDArray[np.float64]]:
+    random = np.random.default_rng(seed)
+    return {group: random.standard_normal((LAYERS, WIDTH)) for group in COUNTS}
+
+
+def share(
+    sums: dict[str, NDArray[np.float64]], layers: list[int], offset: int, width: int
+) -> dict[str, Any]:
+    groups = {
+        group: {
+            "count": COUNTS[group],
+            "sum": total[layers, offset : offset + width].tobytes(),
+        }
+        for group, total in sums.items()
+    }
+    return {"layers": layers, "offset": offset, "width": width, "groups": groups}
+
+
+def shares(sums: dict[str, NDArray[np.float64]]) -> list[dict[str, Any]]:
+    """Two ranks by two stages."""
+    return [share(sums, layers, offset, 4) for layers in STAGES for offset in OFFSETS]
+
+
+@given(st.permutations(range(4)), st.integers(0, 5))
+@settings(max_examples=40, deadline=None)
+def test_two_ranks_by_two_stages_in_any_order(order: list[int], seed: int) -> None:
+    sums = whole(seed)
+    reports = shares(sums)
+    recorded = assemble([reports[i] for i in order], COUNTS, LAYERS, WIDTH)
+    assert recorded.counts == COUNTS
+    assert set(recorded.means) == set(COUNTS)
+    for group, count in COUNTS.items():
+        assert recorded.means[group].dtype == np.float64
+        assert np.array_equal(recorded.means[group], sums[group] / count)
+
+
+def test_one_rank_and_a_group_that_nobody_asked_for() -> None:
+    sums = whole()
+    recorded = assemble(
+        [share(sums, list(range(LAYERS)), 0, WIDTH)], {"positive": 3}, LAYERS, WIDTH
+    )
+    assert set(recorded.means) == {"positive"}
+    assert np.array_equal(recorded.means["positive"], sums["positive"] / 3)
+
+
+def test_a_stage_without_layers_has_nothing_to_add() -> None:
+    sums = whole()
+    recorded = assemble([*shares(sums), share(sums, [], 0, 1)], COUNTS, LAYERS, WIDTH)
+    assert np.array_equal(recorded.means["negative"], sums["negative"] / 2)
+
+
+@pytest.mark.parametrize("missing", range(4))
+def test_a_missing_share_is_refused(missing: int) -> None:
+    """No mean with holes in it leaves this function."""
+    reports = shares(whole())
+    del reports[missing]
+    with pytest.raises(RuntimeError):
+        assemble(reports, COUNTS, LAYERS, WIDTH)
+
+
+def test_no_share_at_all_is_refused() -> None:
+    with pytest.raises(RuntimeError):
+        assemble([], COUNTS, LAYERS, WIDTH)
+
+
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("group", sorted(COUNTS))
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_miscounted_share_is_refused(at: int, group: str, change: int) -> None:
+    reports = shares(whole())
+    reports[at]["groups"][group]["count"] += change
+    count = COUNTS[group]
+    with pytest.raises(RuntimeError, match=rf"{count + change} of {count} prompts.*'{group}'"):
+        assemble(reports, COUNTS, LAYERS, WIDTH)
+
+
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("group", sorted(COUNTS))
+def test_a_share_without_a_group_is_refused(at: int, group: str) -> None:
+    reports = shares(whole())
+    del reports[at]["groups"][group]
+    with pytest.raises(RuntimeError, match=rf"0 of {COUNTS[group]} prompts.*'{group}'"):
+        assemble(reports, COUNTS, LAYERS, WIDTH)
