@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What steering costs a whole engine: tokens/s of each variant as a ratio to stock vLLM's.
 
-    python benchmarks/engine_throughput.py [--model M] [--rounds 9] [--record]
+    python benchmarks/engine_throughput.py [--model M] [--sessions 6] [--rounds 3] [--record]
 
 Variants: ``stock``, vLLM with no plugin loaded; ``control``, the same in a second process, whose
 ratio to ``stock`` is 1 but for noise; ``idle``, circuits configured, no request steered;
-``steered``, every request steered with a multiplier of its own. Each process keeps its engine;
-rounds run all variants once, in rotated order, one at a time. A ratio is the median over rounds
-of the quotient within a round, printed with its quartiles; a difference smaller than the
-control's spread says nothing. CPU ratios compare tokens per second of the process's CPU time,
-which other load on the machine disturbs less. With --record a JSON row is appended to
-benchmarks/results/engine_throughput.jsonl.
+``steered``, every request steered with a multiplier of its own. Rounds run all variants once, in
+rotated order, one at a time.
+
+Two processes of the same program differ by up to 6% for as long as they live, by where their
+memory came to lie; rounds cannot average that out. So a session starts all processes anew, in
+rotated order, with transparent huge pages for malloc where the C library has them, and a ratio
+is the median over sessions of the median over rounds of the quotient within a round. It is
+printed with its lowest and highest session: a difference smaller than the control's spread says
+nothing. ``steered/idle`` compares two variants of one process, so it is free of that effect. CPU
+ratios compare tokens per second of the process's CPU time, which other load on the machine
+disturbs less. With --record a JSON row is appended to benchmarks/results/engine_throughput.jsonl.
 """
 
 from __future__ import annotations
@@ -85,6 +90,7 @@ class Worker:
     def __init__(self, config: dict[str, Any], plugins: str | None, args: argparse.Namespace):
         env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        env.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
         if plugins is not None:
             env["VLLM_PLUGINS"] = plugins
         command = [sys.executable, __file__, "--model", args.model, "--batch", str(args.batch)]
@@ -93,6 +99,9 @@ class Worker:
         self.process = subprocess.Popen(
             command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+
+    def wait(self) -> None:
+        """Returns when the engine is up."""
         while self._line() != "ready":
             pass
 
@@ -125,15 +134,52 @@ def random_circuit(model: str, fraction: float) -> Circuit:
     return Circuit(neurons=tuple(Neuron(i // width, i % width, 1.0) for i in chosen), **dimensions)
 
 
-def quartiles(values: list[float]) -> list[float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return [round(v, 4) for v in (low, middle, high)]
+Round = dict[str, dict[str, float]]
+
+
+def session(number: int, config: dict[str, Any], args: argparse.Namespace) -> list[Round]:
+    """Fresh processes, a warm-up, and the measured rounds."""
+    kinds: list[tuple[str, dict[str, Any], str | None]] = [
+        (STOCK, {}, ""),
+        (CONTROL, {}, ""),
+        (IDLE, config, None),
+    ]
+    workers: dict[str, Worker] = {}
+    for i in range(len(kinds)):
+        name, section, plugins = kinds[(number + i) % len(kinds)]
+        workers[name] = Worker(section, plugins, args)
+        workers[name].wait()
+    workers[STEERED] = workers[IDLE]
+    for variant in VARIANTS:
+        workers[variant].measure(variant == STEERED)
+    rounds = []
+    for turn in range(args.rounds):
+        order = [VARIANTS[(turn + i) % len(VARIANTS)] for i in range(len(VARIANTS))]
+        rounds.append({v: workers[v].measure(v == STEERED) for v in order})
+    for worker in set(workers.values()):
+        worker.close()
+    return rounds
+
+
+def ratios(sessions: list[list[Round]], clock: str) -> dict[str, list[float]]:
+    """variant -> [lowest session, median, highest session] of the ratio of tokens per second."""
+    pairs = [(v, STOCK) for v in VARIANTS[1:]] + [(STEERED, IDLE)]
+    result = {}
+    for variant, base in pairs:
+        values = [
+            statistics.median(r[variant][clock] / r[base][clock] for r in rounds)
+            for rounds in sessions
+        ]
+        figures = (min(values), statistics.median(values), max(values))
+        result[f"{variant}/{base}"] = [round(value, 4) for value in figures]
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=None, help="default: SmolLM2-135M-Instruct")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--sessions", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3, help="in each session")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--fraction", type=float, default=0.001, help="of all neurons")
@@ -149,36 +195,29 @@ def main() -> None:
         file = Path(folder) / "circuit.json"
         circuit = random_circuit(args.model, args.fraction)
         circuit.save(file)
-        cna = Worker({"cna": {"circuits": {"c": str(file)}}}, None, args)
-        stock, control = Worker({}, "", args), Worker({}, "", args)
-        workers = {STOCK: stock, CONTROL: control, IDLE: cna, STEERED: cna}
-        for variant, worker in workers.items():
-            worker.measure(variant == STEERED)  # warm-up
-        rounds: list[dict[str, dict[str, float]]] = []
-        for number in range(args.rounds):
-            order = [VARIANTS[(number + i) % len(VARIANTS)] for i in range(len(VARIANTS))]
-            rounds.append({v: workers[v].measure(v == STEERED) for v in order})
-            print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
-        for worker in {cna, stock, control}:
-            worker.close()
-    ratios = {
-        f"{variant}/{clock}": quartiles([r[variant][clock] / r[STOCK][clock] for r in rounds])
-        for variant in VARIANTS[1:]
-        for clock in ("wall", "cpu")
-    }
-    print(f"{'ratio of tokens/s to stock vLLM':32} {'lower':>8} {'median':>8} {'upper':>8}")
-    for name, (low, middle, high) in ratios.items():
-        print(f"{name:32} {low:8.3f} {middle:8.3f} {high:8.3f}")
+        config = {"cna": {"circuits": {"c": str(file)}}}
+        sessions = []
+        for number in range(args.sessions):
+            sessions.append(session(number, config, args))
+            print(f"session {number + 1} of {args.sessions}", file=sys.stderr)
+    table = {clock: ratios(sessions, clock) for clock in ("wall", "cpu")}
+    print(f"{'ratio of tokens/s':28} {'lowest':>8} {'median':>8} {'highest':>8}")
+    for clock, rows in table.items():
+        for name, (low, middle, high) in rows.items():
+            print(f"{name + ', ' + clock:28} {low:8.3f} {middle:8.3f} {high:8.3f}")
     row = {
         "benchmark": "engine_throughput",
         "model": Path(args.model).name,
         "neurons": len(circuit),
+        "sessions": args.sessions,
         "rounds": args.rounds,
         "batch": args.batch,
         "tokens": args.tokens,
         "compiled": args.compiled,
-        "stock_tokens_per_second": round(statistics.median(r[STOCK]["wall"] for r in rounds), 1),
-        "ratios": ratios,
+        "stock_tokens_per_second": round(
+            statistics.median(r[STOCK]["wall"] for rounds in sessions for r in rounds), 1
+        ),
+        "ratios": table,
         **provenance(),
     }
     if args.record:

@@ -40,9 +40,9 @@ def upload(destination: torch.Tensor, values: np.ndarray) -> None:
 class SteeringState:
     """Holds the running steered requests and fills the step buffers.
 
-    Host work per step: nothing at all while no steered request runs; else one pass over the
-    batch's request ids and one packed copy of 4 bytes per token. It does not depend on the
-    number of layers or of resident circuits.
+    Host work per step: next to nothing while no steered request runs; else one pass over the
+    batch's request ids and, where the rows differ from the last step's, one packed copy of 4
+    bytes per token. It does not depend on the number of layers or of resident circuits.
     """
 
     def __init__(
@@ -63,7 +63,8 @@ class SteeringState:
         self._arms: dict[str, _Arm] = {}
         self._index: dict[str, int] = {}
         self._changed = False
-        self._dirty_rows = 0
+        # What row_arm holds up to its last steered row; all rows after that are -1.
+        self._rows = np.empty(0, dtype=np.int32)
         self._steered_tokens: Counter[str] = Counter()
 
     def add(self, req_id: str, steering: Steering | None, prompt_len: int) -> None:
@@ -116,9 +117,7 @@ class SteeringState:
         batch, up to the longest earlier batch, are reset, so padded rows are plain.
         """
         if not self._arms:
-            if self._dirty_rows:
-                upload(self.row_arm, np.full(self._dirty_rows, -1, dtype=np.int32))
-                self._dirty_rows = 0
+            self._write_rows(np.empty(0, dtype=np.int32))
             return
         index_of = self._index
         if len(index_of) < len(self._arms):
@@ -141,11 +140,7 @@ class SteeringState:
         arms = np.stack([np.full(num_reqs, -1, dtype=np.int32), index], axis=1).reshape(-1)
         counts = np.stack([plain, steered], axis=1).reshape(-1)
         rows = np.repeat(arms, counts)
-        last_steered = int(np.flatnonzero(rows >= 0)[-1]) + 1 if steered.any() else 0
-        padding = np.full(max(self._dirty_rows - len(rows), 0), -1, dtype=np.int32)
-        if last_steered or self._dirty_rows:
-            upload(self.row_arm, np.concatenate([rows, padding]))
-        self._dirty_rows = last_steered
+        self._write_rows(rows[: int(np.flatnonzero(rows >= 0)[-1]) + 1 if steered.any() else 0])
 
     def steered_tokens(self) -> dict[str, int]:
         """Steered token rows so far, by circuit digest (prompt rows of a recompute count again)."""
@@ -156,6 +151,14 @@ class SteeringState:
     def buffers(self, row_record: torch.Tensor | None = None) -> StepBuffers:
         """The tensors that the layers read."""
         return StepBuffers(self.row_arm, self.arm_circuits, self.arm_multipliers, row_record)
+
+    def _write_rows(self, rows: np.ndarray) -> None:
+        """Makes row_arm hold ``rows`` and -1 after them; while a batch decodes, that is no copy."""
+        if np.array_equal(rows, self._rows):
+            return
+        padding = np.full(max(len(self._rows) - len(rows), 0), -1, dtype=np.int32)
+        upload(self.row_arm, np.concatenate([rows, padding]))
+        self._rows = rows
 
     def _place(self, req_id: str) -> None:
         arm = self._arms[req_id]

@@ -2,25 +2,22 @@
 """CPU path of ``act_and_mul_scaled``: eager activation, then sparse steering in place.
 
 Routing is resolved in numpy views of the operands, whose small calls cost a third of torch's.
-Only (row, channel) pairs inside a circuit are touched.
+Only (row, channel) pairs inside a circuit are touched; a batch that decodes resolves them once.
 """
 
 from typing import Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cna_kernels.activations import eager_activation
+from cna_kernels.resolved import Entries, Floats, Ints, LastRouting
 
-Ints = NDArray[np.intp]
-Floats = NDArray[np.float32]
+_LAST: Final = LastRouting()
 
 MAX_ELEMENTS: Final = 1 << 21
 """Elements of the largest temporary, whatever the number of rows and the size of circuits."""
-
-_BITS: Final = {2: torch.int16, 4: torch.int32}
 
 ROWS_PER_ARM: Final = 4
 """Mean rows of an arm from which circuits are resolved once an arm, not once a row."""
@@ -42,11 +39,22 @@ def act_and_mul_scaled_cpu(
     """
     gate, up = x.chunk(2, 1)
     out = eager_activation(activation)(gate).mul_(up)
-    arms = row_arm.numpy()[: x.shape[0]]
-    rows = (arms >= 0).nonzero()[0]
-    if rows.size:
+    routing = _LAST.get(x.shape[0], row_arm, arm_circuits, arm_multipliers)
+    if not routing.rows.size:
+        return out
+    size = out.shape[1]
+    if routing.rows.size * size * arm_circuits.shape[1] > MAX_ELEMENTS:
         tables = arm_circuits.numpy(), arm_multipliers.numpy(), masks.numpy()
-        _steer(out, rows, arms.take(rows), *tables)
+        _steer(out, routing.rows, routing.arms, *tables)
+        return out
+    entries = routing.kept(masks, size)
+    if entries is None:
+        circuits = arm_circuits.numpy().take(routing.arms, 0)
+        multipliers = arm_multipliers.numpy().take(routing.arms, 0)
+        owner, channel, factor = _entries(circuits, multipliers, masks.numpy(), size)
+        entries = Entries.of(routing.rows.take(owner) * size + channel, factor)
+        routing.keep(masks, size, entries)
+    entries.apply(out)
     return out
 
 
@@ -78,7 +86,7 @@ def _steer(
         if not owner.size:
             continue
         if not grouped:
-            _multiply(out, rows[start:].take(owner) * size + channel, factor)
+            Entries.of(rows[start:].take(owner) * size + channel, factor).apply(out)
             continue
         bounds = np.searchsorted(owner, np.arange(part.size + 1)).tolist()
         for i, arm in enumerate(part):
@@ -89,7 +97,7 @@ def _steer(
             step = max(1, MAX_ELEMENTS // (end - begin))
             for low in range(0, len(bases), step):
                 at = bases[low : low + step] + channel[begin:end]
-                _multiply(out, at, factor[begin:end])
+                Entries.of(at, factor[begin:end]).apply(out)
 
 
 def _entries(
@@ -120,17 +128,3 @@ def _entries(
         factor = np.asarray(np.multiply.reduceat(factor[order], first))
         owner, channel = owner[order[first]], channel[order[first]]
     return owner, channel, factor
-
-
-def _multiply(out: Tensor, at: Ints, factor: Floats) -> None:
-    """out.flatten()[at] = round(factor * out.flatten()[at]), product in float32, +0 for factor 0.
-
-    Gathered and scattered as integers in numpy: torch's take and put_ enter a parallel region
-    from a few thousand elements on, which costs milliseconds where cores are contended.
-    """
-    flat = out.view(_BITS[out.itemsize]).numpy().reshape(-1)
-    raw = flat[at]
-    torch.from_numpy(raw).view(out.dtype).mul_(torch.from_numpy(factor))
-    if not factor.all():
-        raw *= factor != 0
-    flat[at] = raw
