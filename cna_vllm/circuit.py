@@ -146,7 +146,8 @@ class Circuit:
         for name, mapping in (("method", self.method), ("prompts", self.prompts)):
             if mapping:
                 lines.append(
-                    f"{name:7} " + ", ".join(f"{k}={json.dumps(v)}" for k, v in mapping.items())
+                    f"{name:7} "
+                    + ", ".join(f"{k}={_brief(json.dumps(v))}" for k, v in mapping.items())
                 )
         lines += [f"note    {note}" for note in self.notes]
         return "\n".join(lines)
@@ -245,6 +246,10 @@ def show(value: object) -> str:
         return reprlib.repr(value)
     except ValueError:  # an integer over the interpreter's limit of digits
         return f"a huge {type(value).__name__}"
+
+
+def _brief(text: str, limit: int = 100) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def is_int(value: object) -> bool:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def write_atomic(path: str | os.PathLike[str], chunks: Iterable[str]) -> None:
-    """Writes the chunks as UTF-8 to a temporary neighbour, which then takes the place of `path`.
+def write_atomic(path: str | os.PathLike[str], chunks: Iterable[str | bytes]) -> None:
+    """Writes the chunks, text as UTF-8, to a temporary neighbour that then replaces `path`.
 
     Raises:
         OSError: the folder does not exist or cannot be written; `path` is then as it was.
@@ -18,8 +18,9 @@ def write_atomic(path: str | os.PathLike[str], chunks: Iterable[str]) -> None:
     target = Path(path)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
-        with open(descriptor, "w", encoding="utf-8") as handle:
-            handle.writelines(chunks)
+        with open(descriptor, "wb") as handle:
+            for chunk in chunks:
+                handle.write(chunk.encode("utf-8") if isinstance(chunk, str) else chunk)
             handle.flush()
             os.fchmod(handle.fileno(), 0o644)  # mkstemp's files are private to the user
             os.fsync(handle.fileno())

@@ -80,6 +80,17 @@ def default_model_path() -> Path:
     return target
 
 
+# A mixture of experts with a shared expert has its neurons there; its
+# ``intermediate_size`` is then of dense MLPs, which may be of no layer at all.
+_WIDTHS = ("shared_expert_intermediate_size", "shared_intermediate_size", "intermediate_size")
+
+
+def neurons_per_layer(text_config: Any) -> int | None:
+    """Neurons of every decoder layer, as a configuration has it; None if it has no single size."""
+    width = next((w for name in _WIDTHS if (w := getattr(text_config, name, None))), None)
+    return width if isinstance(width, int) else None
+
+
 def model_dimensions(model: str) -> dict[str, Any]:
     """`model`, `architecture`, `num_layers` and `intermediate_size`, as `Circuit.load` takes them.
 
@@ -96,12 +107,18 @@ def model_dimensions(model: str) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise ModelError(f"cannot read the configuration of {model!r}: {reason}") from error
     text = config.get_text_config()
+    width = neurons_per_layer(text)
+    if width is None:
+        raise ModelError(
+            f"the configuration of {model!r} has no single intermediate_size, so no gated MLPs "
+            "that circuits could be of"
+        )
     try:
         return {
             "model": model,
             "architecture": config.architectures[0],
             "num_layers": text.num_hidden_layers,
-            "intermediate_size": text.intermediate_size,
+            "intermediate_size": width,
         }
     except (AttributeError, TypeError) as error:
         raise ModelError(f"the configuration of {model!r} is not a gated MLP's: {error}") from error

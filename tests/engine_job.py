@@ -198,16 +198,90 @@ class _Steps:
 
         return self.llm.collective_rpc(names)[0]
 
-    def discover(self, positive: Sequence[str], negative: Sequence[str], **options: Any) -> Any:
-        from cna_vllm.discovery import discover
+    def hooks(self) -> list[list[str]]:
+        """Per steering hook, in layer order: the class it is in, and its activation."""
+
+        def names(worker: Any) -> list[list[str]]:
+            from cna_vllm.serving.activation import SteeredActAndMul
+
+            return [
+                [type(owner).__name__, child.activation]
+                for owner in worker.model_runner.get_model().modules()
+                for child in owner.children()
+                if isinstance(child, SteeredActAndMul)
+            ]
+
+        return self.llm.collective_rpc(names)[0]
+
+    def record(self, groups: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
+        """Per group of token-id prompts, the mean recorded activation [layers, width]."""
+        from cna_vllm.discovery.prefill import prefill
+        from cna_vllm.discovery.record import assemble
+        from cna_vllm.serving.vllm_model import served_model
+
+        requests = [(list(p), name) for name, prompts in groups.items() for p in prompts]
+        served = served_model(self.llm.llm_engine.model_config)
+        recorded = assemble(
+            prefill(self.llm, requests),
+            {name: len(prompts) for name, prompts in groups.items()},
+            served.num_layers,
+            served.intermediate_size,
+        )
+        return {name: mean.tolist() for name, mean in recorded.means.items()}
+
+    def record_among(
+        self,
+        recorded: Mapping[str, Sequence[Sequence[int]]],
+        others: Sequence[Mapping[str, Any]],
+    ) -> dict[str, Any]:
+        """``record`` with other requests between the recorded ones, all in one batch."""
+        from cna_vllm.discovery.prefill import Dimensions
+        from cna_vllm.discovery.record import assemble
+
+        requests = [
+            {"prompt": p, "params": {"max_tokens": 1, "extra_args": {"cna_record": name}}}
+            for name, prompts in recorded.items()
+            for p in prompts
+        ]
+        mixed, at = list(others), []
+        for i, request in enumerate(requests):
+            at.append(min(2 * i, len(mixed)))
+            mixed.insert(at[-1], request)
+        self.llm.collective_rpc("cna_start_recording", args=({},))
+        outputs = self.generate(mixed)
+        size = Dimensions.of(self.llm)
+        counts = {name: len(prompts) for name, prompts in recorded.items()}
+        reports = self.llm.collective_rpc("cna_take_recording")
+        means = assemble(reports, counts, size.num_layers, size.intermediate_size).means
+        return {
+            "means": {name: mean.tolist() for name, mean in means.items()},
+            "others": [output for i, output in enumerate(outputs) if i not in at],
+        }
+
+    def activations(self, prompts: Sequence[str], **options: Any) -> dict[str, Any]:
+        """``record_activations``, rows as lists."""
+        from cna_vllm.discovery import record_activations
         from cna_vllm.prompts import Prompt
 
-        return discover(
-            self.llm,
-            [Prompt(text=t) for t in positive],
-            [Prompt(text=t) for t in negative],
-            **options,
-        ).to_dict()
+        rows = record_activations(self.llm, [Prompt(text=t) for t in prompts], **options)
+        return {str(layer): values.tolist() for layer, values in rows.items()}
+
+    def discover(self, positive: Sequence[str], negative: Sequence[str], **options: Any) -> Any:
+        """The circuit's object; or, when the prompts are refused, the message."""
+        from cna_vllm.discovery import DiscoveryError, UniversalRule, discover
+        from cna_vllm.prompts import Prompt
+
+        def prompts(texts: Sequence[str]) -> list[Prompt]:
+            return [Prompt(text=t) for t in texts]
+
+        if isinstance(options.get("universal"), list):
+            options["universal"] = prompts(options["universal"])
+        if "rule" in options:
+            options["rule"] = UniversalRule(**options["rule"])
+        try:
+            return discover(self.llm, prompts(positive), prompts(negative), **options).to_dict()
+        except DiscoveryError as error:
+            return str(error)
 
 
 def _main(job_path: str, result_path: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -52,7 +53,7 @@ class HookedModel:
         handles = []
         for index, layer in enumerate(self.model.model.layers):
             hook = _scaling_hook(arm, index, first)
-            handles.append(layer.mlp.down_proj.register_forward_pre_hook(hook))
+            handles.append(_down_proj(layer).register_forward_pre_hook(hook))
         try:
             yield
         finally:
@@ -86,9 +87,9 @@ class HookedModel:
         for index, layer in enumerate(self.model.model.layers):
 
             def keep(_module: object, args: tuple[torch.Tensor], index: int = index) -> None:
-                seen[index] = args[0][0, -1].clone()
+                seen[index] = args[0].flatten(0, -2)[-1].clone()
 
-            handles.append(layer.mlp.down_proj.register_forward_pre_hook(keep))
+            handles.append(_down_proj(layer).register_forward_pre_hook(keep))
         try:
             self.model(torch.tensor([list(prompt)]))
         finally:
@@ -97,13 +98,18 @@ class HookedModel:
         return torch.stack([seen[i] for i in range(len(seen))])
 
 
+def _down_proj(layer: Any) -> torch.nn.Module:
+    """Where a decoder layer's neurons enter; in a mixture of experts, its shared expert's."""
+    return getattr(layer.mlp, "shared_expert", layer.mlp).down_proj
+
+
 def _scaling_hook(arm: Arm, layer: int, first: int):  # type: ignore[no-untyped-def]
     def scale(_module: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden = args[0].clone()
         for channels, multiplier in arm.circuits:
             index = list(channels.get(layer, ()))
             if index:
-                hidden[:, first:, index] *= multiplier
+                hidden[..., first:, index] *= multiplier
         return (hidden, *args[1:])
 
     return scale

@@ -15,7 +15,16 @@ STDLIB = set(sys.stdlib_module_names)
 FILES = sorted([*ROOT.glob("cna_vllm/**/*.py"), *ROOT.glob("kernels/cna_kernels/**/*.py")])
 
 # Part of the project -> parts of it that it may import. The base modules are the shared ground.
-BASE = {"circuit", "circuit_file", "files", "request", "prompts", "rendering", "models"}
+BASE = {
+    "checkpoint",
+    "circuit",
+    "circuit_file",
+    "files",
+    "models",
+    "prompts",
+    "rendering",
+    "request",
+}
 ALLOWED = {
     "cna_kernels": {"cna_kernels"},
     "base": {"base"},
@@ -23,7 +32,19 @@ ALLOWED = {
     "discovery": {"base", "discovery", "root"},
     "baselines": {"base", "baselines", "discovery", "root"},
     "evaluation": {"base", "evaluation", "root"},
-    "cli": {"base", "serving", "discovery", "baselines", "evaluation", "cli", "root"},
+    "reading": {"base", "reading"},
+    "bake": {"base", "root"},
+    "cli": {
+        "base",
+        "serving",
+        "discovery",
+        "baselines",
+        "evaluation",
+        "reading",
+        "bake",
+        "cli",
+        "root",
+    },
     "root": {"base"},
 }
 # Part, or module of the base, -> distributions it may import besides the standard library.

@@ -14,8 +14,10 @@ from cna_vllm import __version__
 
 COMMANDS = {
     "discover": "find the circuit of a behaviour from two sets of prompts",
-    "inspect": "show what a circuit file holds",
+    "inspect": "show where a circuit lies and what its neurons write",
+    "compare": "show what two circuits share",
     "generate": "answer every prompt under every multiplier",
+    "bake": "write a checkpoint with a circuit in effect, for engines without the plugin",
     "demo": "the whole story on a small real model",
 }
 

@@ -18,9 +18,13 @@ from typing import TYPE_CHECKING
 from cna_vllm.cli.options import OptionParser, UsageError
 from cna_vllm.models import DEFAULT_MODEL
 from cna_vllm.prompts import Prompt, read_prompts
+from cna_vllm.reading.profile import strongest
+from cna_vllm.reading.report import neurons_text, profile_text, readings_text
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+    from cna_vllm.circuit import Circuit
 
 _DESCRIPTION = """\
 Discover the circuit for answering in French in a small real model, switch it off and turn it up
@@ -31,6 +35,8 @@ _TITLES = {1.0: "m = 1 (plain)", 0.0: "m = 0 (off)", 2.0: "m = 2 (up)"}
 _MAX_TOKENS = 32
 _SHOWN = 4
 _COLUMN = 30
+_CHART_ROWS = 10
+_STRONGEST = 6
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,8 @@ def run(argv: list[str]) -> int:
     _say("recording 12 French and 12 English requests")
     circuit = discover(llm, packaged("positive"), packaged("negative"))
     load_circuit(llm, _NAME, circuit)
-    print(circuit.summary())
+    print(f"{circuit.summary()}\n\n{profile_text(circuit, _CHART_ROWS)}")
+    print(f"\n{_promoted(llm, circuit)}")
 
     heldout, plain = packaged("heldout"), packaged("plain")
     _say(f"one batch: {len(heldout)} held-out requests x 3 multipliers + {len(plain)} plain ones")
@@ -95,6 +102,20 @@ def packaged(name: str) -> list[Prompt]:
     """The demo's prompts: `positive`, `negative`, `heldout` or `plain`."""
     with resources.as_file(resources.files("cna_vllm") / "data" / "french" / f"{name}.txt") as path:
         return read_prompts(path)
+
+
+def _promoted(llm: LLM, circuit: Circuit) -> str:
+    """The strongest neurons and, where the checkpoint can be read, the tokens they promote."""
+    from cna_vllm.checkpoint import CheckpointError, open_checkpoint
+    from cna_vllm.reading.vocabulary import read_neurons
+
+    neurons = strongest(circuit, _STRONGEST)
+    try:
+        checkpoint = open_checkpoint(llm.llm_engine.model_config.model)
+        readings = read_neurons(checkpoint, llm.get_tokenizer(), neurons)
+    except CheckpointError as error:
+        return f"{neurons_text(neurons)}\npromoted tokens not shown: {error}"
+    return readings_text(readings, suppresses=False)
 
 
 def _generate(llm: LLM, jobs: Sequence[tuple[Prompt, float | None]]) -> list[Reply]:

@@ -4,38 +4,96 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from cna_vllm.cli.options import OptionParser, check_output, positive_int
+from cna_vllm.circuit import Circuit
+from cna_vllm.cli.options import (
+    OptionParser,
+    UsageError,
+    check_output,
+    check_plot,
+    positive_int,
+)
 from cna_vllm.prompts import read_prompts
 
 _LAYERS_FORM = "write layers as 4-29 or 0,3,8-11"
+_PLOTTED = 10
 
 
 def run(argv: list[str]) -> int:
     options, rest = _parser().split(argv)
     check_output(options.out, options.overwrite)
+    if options.plot:
+        check_plot(options.plot, options.overwrite)
+    if options.control is not None:
+        check_output(options.control, options.overwrite)
+        if Path(options.control).resolve() == Path(options.out).resolve():
+            raise UsageError(f"--control {options.control}: is also --out; name another file")
+    if options.raw and options.system is not None:
+        raise UsageError("--system needs the chat template; drop it, or --raw")
     positive = read_prompts(options.positive, column=options.column)
     negative = read_prompts(options.negative, column=options.column)
+    universal = options.universal
+    if universal not in (None, "default", "none"):
+        universal = read_prompts(universal)
 
     from cna_vllm.cli.engine_args import start_engine
 
     llm = start_engine("discover", rest, {"record": True})
 
-    from cna_vllm.discovery import discover
+    from cna_vllm.discovery import discover, random_control
 
     circuit = discover(
         llm,
         positive,
         negative,
+        preset=options.preset,
         fraction=options.fraction,
         top_k=options.top_k,
         sign=options.sign,
         layers=options.layers,
+        universal=universal,
         raw=options.raw,
+        system=options.system,
+        holdout=options.holdout,
+        bootstrap=options.bootstrap,
+        seed=options.seed,
+        max_bytes=options.max_bytes,
     )
     circuit.save(options.out)
+    if options.control is not None:
+        random_control(circuit, options.seed).save(options.control)
+    if options.plot:
+        from cna_vllm.reading.plot import plot_circuit
+        from cna_vllm.reading.profile import strongest
+
+        plot_circuit(circuit, options.plot, strongest(circuit, _PLOTTED))
     print(circuit.summary())
+    for line in _report(circuit):
+        print(line)
     return 0
+
+
+def _report(circuit: Circuit) -> list[str]:
+    """Lines on what the method found besides the neurons."""
+    lines = []
+    if found := circuit.method["universal"]:
+        lines.append(
+            f"filter  {found['found']} universal neurons, {found['kept_out']} of which would have "
+            "been selected"
+        )
+    if found := circuit.method.get("holdout"):
+        lines.append(
+            f"holdout AUROC {found['auroc']:.3f} on {found['positive']} positive and "
+            f"{found['negative']} negative prompts (p = {found['p_value']:.2g})"
+        )
+    if found := circuit.method.get("bootstrap"):
+        often = sum(share >= 0.5 for share in found["frequency"])
+        lines.append(
+            f"stable  mean Jaccard {found['mean_jaccard']:.3f} over {found['resamples']} "
+            f"resamples; {often} of {len(circuit)} neurons in at least half of them"
+        )
+    return lines
 
 
 def _parser() -> OptionParser:
@@ -47,11 +105,24 @@ def _parser() -> OptionParser:
     parser.add_argument("--positive", required=True, metavar="FILE", help="show the behaviour")
     parser.add_argument("--negative", required=True, metavar="FILE", help="do not show it")
     parser.add_argument("--out", required=True, metavar="C.json", help="circuit file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace C.json")
+    parser.add_argument(
+        "--control", metavar="R.json", help="also write a random circuit of the same layer profile"
+    )
+    parser.add_argument(
+        "--plot", metavar="P.png", help="also draw the layer profile and the strongest neurons"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace C.json, R.json and P.png")
     parser.add_argument("--column", help="column of .csv files (default: prompt)")
+    parser.add_argument(
+        "--preset",
+        choices=("paper", "reference"),
+        default="paper",
+        help="paper: 0.1%% of all neurons, universal ones excluded (default); reference: what the "
+        "published code does, 200 neurons, none of layers 0 and 1, no exclusion",
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
-        "--fraction", type=_fraction, default=0.001, help="share of all neurons (default: 0.001)"
+        "--fraction", type=_fraction, help="share of all neurons (default: the preset's)"
     )
     size.add_argument("--top-k", type=positive_int, metavar="K", help="number of neurons instead")
     parser.add_argument(
@@ -61,7 +132,41 @@ def _parser() -> OptionParser:
         help="which activation differences count (default: both)",
     )
     parser.add_argument("--layers", type=_layers, help=f"only these layers; {_LAYERS_FORM}")
+    parser.add_argument(
+        "--universal",
+        metavar="FILE|default|none",
+        help="diverse prompts; neurons among the top 0.1%% in 80%% of them are excluded "
+        "(default: the preset's)",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message before every prompt")
     parser.add_argument("--raw", action="store_true", help="do not apply the chat template")
+    parser.add_argument(
+        "--holdout",
+        type=_share,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the prompts to keep apart and to report the AUROC on",
+    )
+    parser.add_argument(
+        "--bootstrap",
+        type=positive_int,
+        default=0,
+        metavar="N",
+        help="repeat the selection on N resamples of the prompts and report its stability",
+    )
+    parser.add_argument(
+        "--max-bytes",
+        type=positive_int,
+        default=2**30,
+        metavar="N",
+        help="limit of the activations kept for --bootstrap (default: 1 GiB)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        help="of --control, --holdout and --bootstrap (default: 0)",
+    )
     return parser
 
 
@@ -72,6 +177,18 @@ def _fraction(text: str) -> float:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
+
+
+def _share(text: str) -> float:
+    if (value := _fraction(text)) < 1:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and below 1")
+
+
+def _seed(text: str) -> int:
+    if text.isdecimal() and len(text) <= 18:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
 
 
 def _layers(text: str) -> list[int]:

@@ -1,34 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cna-vllm inspect`: what a circuit file holds, as text; also reads the foreign formats."""
+"""`cna-vllm inspect`: what a circuit is, as text, JSON or a picture; reads foreign formats too."""
 
 from __future__ import annotations
 
-from cna_vllm.circuit import Circuit
-from cna_vllm.cli.options import OptionParser, check_output
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-_BAR_WIDTH = 40
+from cna_vllm.circuit import Circuit, Neuron
+from cna_vllm.cli.options import OptionParser, UsageError, check_output, check_plot, positive_int
+
+if TYPE_CHECKING:
+    from cna_vllm.reading.vocabulary import Reading
 
 
 def run(argv: list[str]) -> int:
+    options = _parser().parse_args(argv)
+    if options.top < 0:
+        raise UsageError("--top must be at least 0")
+    if options.save:
+        check_output(options.save, options.overwrite)
+    if options.plot:
+        check_plot(options.plot, options.overwrite)
+    circuit = _load(options.circuit, options.model)
+
+    from cna_vllm.reading import report
+    from cna_vllm.reading.profile import strongest
+
+    neurons = strongest(circuit, options.top)
+    # A conversion needs the model's configuration only, so it works without its weights.
+    read = options.model is not None and not options.save and neurons
+    readings = _read(options.model, neurons, options.tokens) if read else []
+    if options.json:
+        print(json.dumps(report.circuit_json(circuit, neurons, readings), indent=1))
+    else:
+        print(circuit.summary())
+        print(f"\n{report.profile_text(circuit)}")
+        if readings:
+            print(f"\n{report.readings_text(readings)}\n{report.LENS}")
+        elif neurons:
+            print(f"\n{report.neurons_text(neurons)}")
+    if options.save:
+        circuit.save(options.save)
+    if options.plot:
+        from cna_vllm.reading.plot import plot_circuit
+
+        plot_circuit(circuit, options.plot, neurons, readings)
+    return 0
+
+
+def _parser() -> OptionParser:
     parser = OptionParser("inspect", "Show what a circuit file holds.")
     parser.add_argument("circuit", metavar="C.json")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="strongest neurons shown")
     parser.add_argument(
-        "--model", help="the model a file of another format is of: a folder, a hub id or smollm2"
+        "--model",
+        help="the circuit's model, a folder, a hub id or smollm2: shows the vocabulary items that "
+        "the neurons promote and suppress; names the model of a file of another format",
     )
-    parser.add_argument("--save", metavar="OUT.json", help="write the circuit in our own format")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT.json")
-    options = parser.parse_args(argv)
-    if options.save:
-        check_output(options.save, options.overwrite)
-    circuit = _load(options.circuit, options.model)
-    print(circuit.summary())
-    print(f"\n{_profile(circuit)}")
-    if options.top > 0:
-        print(f"\n{_strongest(circuit, options.top)}")
-    if options.save:
-        circuit.save(options.save)
-    return 0
+    parser.add_argument(
+        "--tokens",
+        type=positive_int,
+        default=5,
+        metavar="N",
+        help="vocabulary items shown with --model, each way (default: 5)",
+    )
+    parser.add_argument("--json", action="store_true", help="write JSON instead of text")
+    parser.add_argument("--plot", metavar="P.png", help="draw layer profile and strongest neurons")
+    parser.add_argument(
+        "--save",
+        metavar="OUT.json",
+        help="write the circuit in our own format; of --model, only the configuration is read then",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT.json and P.png")
+    return parser
 
 
 def _load(path: str, model: str | None) -> Circuit:
@@ -39,19 +84,10 @@ def _load(path: str, model: str | None) -> Circuit:
     return Circuit.load(path, **model_dimensions(model))
 
 
-def _profile(circuit: Circuit) -> str:
-    layers = circuit.by_layer()
-    most = max(map(len, layers.values()))
-    lines = ["neurons by layer"]
-    for layer in range(circuit.num_layers):
-        count = len(layers.get(layer, ()))
-        bar = "#" * -(-count * _BAR_WIDTH // most)
-        lines.append(f"{layer:5} {count:6}  {bar}".rstrip())
-    return "\n".join(lines)
+def _read(model: str, neurons: Sequence[Neuron], count: int) -> list[Reading]:
+    from cna_vllm.checkpoint import open_checkpoint
+    from cna_vllm.models import resolve_model
+    from cna_vllm.reading.vocabulary import load_tokenizer, read_neurons
 
-
-def _strongest(circuit: Circuit, top: int) -> str:
-    strongest = sorted(circuit.neurons, key=lambda n: (-abs(n.delta), n.layer, n.index))[:top]
-    lines = [f"strongest {len(strongest)}", "layer  index       delta"]
-    lines += [f"{n.layer:5} {n.index:6} {n.delta:+11.4g}" for n in strongest]
-    return "\n".join(lines)
+    folder = resolve_model(model)
+    return read_neurons(open_checkpoint(folder), load_tokenizer(folder), neurons, count)

@@ -82,6 +82,13 @@ def check_output(path: str, overwrite: bool) -> None:
         raise UsageError(f"{path}: exists; choose another name or add --overwrite")
 
 
+def check_plot(path: str, overwrite: bool) -> None:
+    """`check_output` for a picture: raises UsageError also where the name does not end in .png."""
+    if Path(path).suffix.lower() != ".png":
+        raise UsageError(f"{path}: pictures are PNG files; name it P.png")
+    check_output(path, overwrite)
+
+
 def positive_int(text: str) -> int:
     """An option's value that counts something."""
     try:

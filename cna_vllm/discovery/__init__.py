@@ -1,8 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contrastive Neuron Attribution: from two sets of prompts to a circuit."""
 
+from cna_vllm.discovery.activations import record_activations
 from cna_vllm.discovery.contrast import select_neurons
-from cna_vllm.discovery.discover import DiscoveryError, discover
+from cna_vllm.discovery.control import random_control
+from cna_vllm.discovery.discover import discover
+from cna_vllm.discovery.prefill import DiscoveryError
 from cna_vllm.discovery.record import GroupMeans, record_means
+from cna_vllm.discovery.stability import Separation, mean_signed_activation, separation
+from cna_vllm.discovery.universal import UniversalRule, diverse_prompts
 
-__all__ = ["DiscoveryError", "GroupMeans", "discover", "record_means", "select_neurons"]
+__all__ = [
+    "DiscoveryError",
+    "GroupMeans",
+    "Separation",
+    "UniversalRule",
+    "discover",
+    "diverse_prompts",
+    "mean_signed_activation",
+    "random_control",
+    "record_activations",
+    "record_means",
+    "select_neurons",
+    "separation",
+]

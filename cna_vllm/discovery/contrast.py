@@ -17,10 +17,14 @@ Sign = Literal["both", "positive", "negative"]
 SIGNS: tuple[Sign, ...] = ("both", "positive", "negative")
 
 
+def as_written(share: float) -> Fraction:
+    """A share as its decimal digits say: 0.29 * 100 is 28.999... in floating point."""
+    return Fraction(repr(float(share)))
+
+
 def circuit_size(num_layers: int, intermediate_size: int, fraction: float) -> int:
     """k = max(1, floor(fraction * num_layers * intermediate_size))."""
-    # Exact arithmetic on the fraction as written: 0.29 * 100 is 28.999... in floating point.
-    return max(1, math.floor(Fraction(repr(float(fraction))) * num_layers * intermediate_size))
+    return max(1, math.floor(as_written(fraction) * num_layers * intermediate_size))
 
 
 def select_neurons(
@@ -29,11 +33,13 @@ def select_neurons(
     *,
     sign: Sign = "both",
     layers: Collection[int] | None = None,
+    excluded: NDArray[np.bool_] | None = None,
 ) -> list[Neuron]:
     """The k neurons of largest |delta| over all layers together, strongest first.
 
     delta: [layers, intermediate_size], mean over positive minus mean over negative prompts.
     sign: keep only neurons whose delta is positive, negative, or either. layers: keep only these.
+    excluded: bool, shape of delta: neurons that may not be selected.
     Ties go to the lower layer, then to the lower index. Neurons with delta 0 tell nothing apart
     and are never selected, so fewer than k may come back. Raises ValueError for an unknown sign,
     a layer out of range, or non-finite deltas.
@@ -55,6 +61,8 @@ def select_neurons(
         kept = np.zeros(num_layers, dtype=bool)
         kept[list(layers)] = True
         strength = np.where(kept[:, None], strength, 0.0)
+    if excluded is not None:
+        strength = np.where(excluded, 0.0, strength)
     flat = strength.reshape(-1)
     # A stable sort keeps equal strengths in (layer, index) order.
     order = np.argsort(-flat, kind="stable")[:k]

@@ -4,21 +4,31 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 import cna_vllm
-from cna_vllm.circuit import Circuit
-from cna_vllm.discovery.contrast import Sign, circuit_size, select_neurons
-from cna_vllm.discovery.record import record_means
+from cna_vllm.circuit import Circuit, Neuron
+from cna_vllm.discovery.activations import DEFAULT_MAX_BYTES, ROUND_BYTES, record_token_rows
+from cna_vllm.discovery.contrast import Sign, select_neurons
+from cna_vllm.discovery.options import Method, Preset, Universal, resolve
+from cna_vllm.discovery.prefill import Dimensions, DiscoveryError, TokenIds
+from cna_vllm.discovery.sets import PromptSets, encode_sets, record_sets
+from cna_vllm.discovery.stability import bootstrap as bootstrapped
+from cna_vllm.discovery.stability import mean_signed_activation, separation
+from cna_vllm.discovery.universal import UniversalRule
 from cna_vllm.prompts import Prompt, prompts_digest
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-
-class DiscoveryError(ValueError):
-    """The prompts or options cannot give a circuit; one line with the reason and the fix."""
+DEFAULT_RULE = UniversalRule()
 
 
 def discover(
@@ -26,59 +36,156 @@ def discover(
     positive: Sequence[Prompt],
     negative: Sequence[Prompt],
     *,
-    fraction: float = 0.001,
+    preset: Preset = "paper",
+    fraction: float | None = None,
     top_k: int | None = None,
     sign: Sign = "both",
     layers: Collection[int] | None = None,
+    universal: Universal | None = None,
+    rule: UniversalRule = DEFAULT_RULE,
     raw: bool = False,
+    system: str | None = None,
+    holdout: float = 0.0,
+    bootstrap: int = 0,
+    seed: int = 0,
+    max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> Circuit:
     """Finds the neurons whose mean activation differs most between two sets of prompts.
 
     delta = mean over ``positive`` - mean over ``negative`` of the ``down_proj`` input at the last
-    prompt token; the circuit is the ``top_k`` (default: ``fraction`` of all) neurons of largest
-    |delta|. llm: an engine with ``additional_config={"cna": {"record": True}}``.
-    Raises DiscoveryError when a set is empty, when both are the same, or an option is out of
-    range.
-    """
-    import torch
-    import transformers
-    import vllm
+    prompt token; the circuit is the ``top_k`` (or ``fraction`` of all) neurons of largest
+    |delta| that are not universal. A prompt that is written twice counts twice.
 
+    llm: an engine with ``additional_config={"cna": {"record": True}}``.
+    preset: ``paper``: 0.1% of all neurons, every layer, universal neurons excluded; ``reference``:
+        what the published code does: 200 neurons, not from layers 0 and 1, no exclusion. Options
+        given explicitly take its place.
+    universal: prompts of the universal-neuron filter, "default" for the packaged ones, "none".
+    rule: what makes a neuron universal.
+    raw: send text as it is. system: a system message before every prompt.
+    holdout: share of the distinct prompts of each set that selection does not see; they are
+        scored afterwards (AUROC in ``method["holdout"]``).
+    bootstrap: how many times to repeat the selection on resampled prompts
+        (``method["bootstrap"]``); keeps every prompt's activations, at most ``max_bytes`` bytes
+        (4 * prompts * layers * intermediate_size).
+    seed: of the split and of the resampling.
+
+    Raises DiscoveryError when a set is empty, both are the same, a prompt does not fit into the
+    context, or an option is out of range: all before the engine runs; and when no neuron differs.
+    """
     if not positive or not negative:
         raise DiscoveryError(
             f"CNA needs at least one positive and one negative prompt, got {len(positive)} and "
             f"{len(negative)}"
         )
-    if top_k is None and not 0 < fraction <= 1:
-        raise DiscoveryError(f"fraction must be above 0 and at most 1, got {fraction}")
-    if top_k is not None and top_k < 1:
-        raise DiscoveryError(f"top_k must be at least 1, got {top_k}")
-    recorded = record_means(llm, {"positive": positive, "negative": negative}, raw=raw)
-    delta = recorded.means["positive"] - recorded.means["negative"]
-    num_layers, width = delta.shape
-    k = top_k if top_k is not None else circuit_size(num_layers, width, fraction)
-    neurons = select_neurons(delta, k, sign=sign, layers=layers)
+    size = Dimensions.of(llm)
+    method = resolve(
+        size,
+        preset=preset,
+        fraction=fraction,
+        top_k=top_k,
+        sign=sign,
+        layers=layers,
+        universal=universal,
+        rule=rule,
+        raw=raw,
+        system=system,
+        holdout=holdout,
+        bootstrap=bootstrap,
+        seed=seed,
+    )
+    sets = encode_sets(llm, positive, negative, method)
+    recorded = record_sets(llm, sets, method, size, max_bytes)
+    select_any = partial(select_neurons, k=method.k, sign=method.sign, layers=method.layers)
+    select = partial(select_any, excluded=recorded.universal)
+    neurons = select(recorded.delta)
     if not neurons:
         raise DiscoveryError(
             "no neuron differs between the two prompt sets; they must differ in the behaviour"
         )
+    found = method.describe()
+    if recorded.universal is not None:
+        found["universal"] = _describe_filter(
+            method, recorded.universal, select_any(recorded.delta)
+        )
+    if recorded.rows is not None:
+        stable = bootstrapped(recorded.rows, size, neurons, select, method.bootstrap, method.seed)
+        found["bootstrap"] = {
+            "resamples": stable.resamples,
+            "seed": method.seed,
+            "mean_jaccard": stable.mean_jaccard,
+            # In the order of the circuit's neurons.
+            "frequency": list(stable.frequency.values()),
+        }
+    circuit = _circuit(llm, size, neurons, found, positive, negative)
+    if method.holdout:
+        found["holdout"] = _describe_held_out(llm, circuit, sets, method)
+    return replace(circuit, method=found)
+
+
+def _describe_filter(
+    method: Method, excluded: NDArray[np.bool_], unfiltered: Sequence[Neuron]
+) -> dict[str, Any]:
+    return {
+        "source": method.universal_source,
+        "prompts": len(method.universal),
+        "digest": prompts_digest(method.universal),
+        "fraction": method.rule.fraction,
+        "threshold": method.rule.threshold,
+        "found": int(excluded.sum()),
+        "kept_out": sum(bool(excluded[n.layer, n.index]) for n in unfiltered),
+    }
+
+
+def _describe_held_out(
+    llm: LLM, circuit: Circuit, sets: PromptSets, method: Method
+) -> dict[str, Any]:
+    held = sets.held_positive, sets.held_negative
+    scored = separation(*(_scores(llm, circuit, prompts) for prompts in held))
+    return {
+        "fraction": method.holdout,
+        "seed": method.seed,
+        "positive": len(sets.held_positive),
+        "negative": len(sets.held_negative),
+        "auroc": scored.auroc,
+        "p_value": scored.p_value,
+    }
+
+
+def _scores(llm: LLM, circuit: Circuit, prompts: list[TokenIds]) -> NDArray[np.float64]:
+    """Each prompt's mean signed activation; rows of a few prompts are held at a time."""
+    layers = sorted(circuit.by_layer())
+    per_prompt = 4 * len(layers) * circuit.intermediate_size
+    step = max(1, ROUND_BYTES // per_prompt)
+    scores = []
+    for first in range(0, len(prompts), step):
+        chosen = prompts[first : first + step]
+        rows = record_token_rows(llm, chosen, layers, max_bytes=len(chosen) * per_prompt)
+        scores.append(mean_signed_activation(circuit, dict(zip(layers, rows, strict=True))))
+    return np.concatenate(scores)
+
+
+def _circuit(
+    llm: LLM,
+    size: Dimensions,
+    neurons: Sequence[Neuron],
+    method: dict[str, Any],
+    positive: Sequence[Prompt],
+    negative: Sequence[Prompt],
+) -> Circuit:
+    import torch
+    import transformers
+    import vllm
+
     config = llm.llm_engine.model_config
     return Circuit(
-        model=config.model,
+        model=_model_name(config.model),
         architecture=config.architectures[0],
-        num_layers=num_layers,
-        intermediate_size=width,
+        num_layers=size.num_layers,
+        intermediate_size=size.intermediate_size,
         neurons=tuple(neurons),
         dtype=str(config.dtype).removeprefix("torch."),
-        method={
-            "name": "cna",
-            "fraction": None if top_k is not None else fraction,
-            "k": k,
-            "sign": sign,
-            "layers": None if layers is None else sorted(layers),
-            "chat_template": not raw,
-            "position": "last prompt token",
-        },
+        method=method,
         prompts={
             "positive": len(positive),
             "negative": len(negative),
@@ -92,3 +199,8 @@ def discover(
         },
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _model_name(model: str) -> str:
+    """A hub id as it is; of a folder only its name, so that no file tells where it was made."""
+    return Path(model).resolve().name if Path(model).is_dir() else model

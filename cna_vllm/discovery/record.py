@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cna_vllm.discovery.prefill import Dimensions, columns, encode, prefill, require_all
 from cna_vllm.prompts import Prompt
-from cna_vllm.rendering import render
-from cna_vllm.request import FIELD_RECORD
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -35,35 +34,19 @@ def record_means(
     """Prefills every prompt once and averages the ``down_proj`` inputs of its last token.
 
     llm: an engine with ``additional_config={"cna": {"record": True}}``; other requests of the
-    same engine are not touched. raw: send text as it is, without the chat template.
-    Raises RuntimeError when the workers did not record every prompt and every neuron.
+    same engine are not touched. raw: send text as it is, without the chat template. Memory on the
+    device is 8 bytes a neuron and group, however many prompts.
+    Raises DiscoveryError when a prompt does not fit, RuntimeError when the workers did not record
+    every prompt and every neuron.
     """
-    from vllm import SamplingParams, TokensPrompt
-
-    tokenizer = llm.get_tokenizer()
-    prompts, params = [], []
-    for group, members in groups.items():
-        for member in members:
-            ids = render(tokenizer, member, raw=raw)
-            prompts.append(TokensPrompt(prompt_token_ids=ids))
-            # One token is the least that the engine generates.
-            params.append(
-                SamplingParams(
-                    max_tokens=1,
-                    temperature=0.0,
-                    detokenize=False,
-                    extra_args={FIELD_RECORD: group},
-                )
-            )
-    llm.collective_rpc("cna_take_recording")
-    llm.generate(prompts, params, use_tqdm=True)
-    config = llm.llm_engine.model_config
-    return assemble(
-        llm.collective_rpc("cna_take_recording"),
-        {group: len(members) for group, members in groups.items()},
-        config.get_total_num_hidden_layers(),
-        config.hf_text_config.intermediate_size,
-    )
+    requests = [
+        (ids, group)
+        for group, members in groups.items()
+        for ids in encode(llm, members, what=group, raw=raw)
+    ]
+    size = Dimensions.of(llm)
+    counts = {group: len(members) for group, members in groups.items()}
+    return assemble(prefill(llm, requests), counts, size.num_layers, size.intermediate_size)
 
 
 def assemble(
@@ -73,10 +56,10 @@ def assemble(
     intermediate_size: int,
 ) -> GroupMeans:
     """Joins the shares of all ranks. Raises RuntimeError when one is missing or miscounted."""
+    size = Dimensions(num_layers, intermediate_size)
     means: dict[str, NDArray[np.float64]] = {}
     for group, count in expected.items():
         mean = np.zeros((num_layers, intermediate_size))
-        covered = np.zeros((num_layers, intermediate_size), dtype=bool)
         for report in reports:
             found = report["groups"].get(group)
             if found is None or found["count"] != count:
@@ -86,13 +69,7 @@ def assemble(
                 )
             shape = (len(report["layers"]), report["width"])
             total = np.frombuffer(found["sum"], dtype=np.float64).reshape(shape)
-            columns = slice(report["offset"], report["offset"] + report["width"])
-            mean[report["layers"], columns] = total / count
-            covered[report["layers"], columns] = True
-        if not covered.all():
-            raise RuntimeError(
-                f"only {covered.sum()} of {covered.size} neurons were recorded for group "
-                f"{group!r}; a worker's share is missing"
-            )
+            mean[report["layers"], columns(report)] = total / count
+        require_all(reports, size, range(num_layers), f"group {group!r}")
         means[group] = mean
     return GroupMeans(counts=dict(expected), means=means)

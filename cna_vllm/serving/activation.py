@@ -31,8 +31,9 @@ class StepBuffers:
 class SteeredActAndMul(nn.Module):
     """act(gate) * up with each token row's circuits scaled; one op, in place of one op.
 
-    x: [num_tokens, 2 * width] -> [num_tokens, width]. No Python branch depends on request data,
-    so the module is traced and captured like the activation it replaces.
+    x: [num_tokens, 2 * width] -> [num_tokens, width], or both with leading dimensions of size 1
+    (vLLM's Transformers backend has one). No Python branch depends on request data, so the module
+    is traced and captured like the activation it replaces.
     """
 
     row_arm: torch.Tensor
@@ -65,12 +66,13 @@ class SteeredActAndMul(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x if x.dim() == 2 else x.flatten(0, -2)
         out = act_and_mul_scaled(
-            x, self.row_arm, self.arm_circuits, self.arm_multipliers, self.masks, self.activation
+            rows, self.row_arm, self.arm_circuits, self.arm_multipliers, self.masks, self.activation
         )
         if self.recorded is not None and self.row_record is not None:
             record_rows(out, self.row_record, self.recorded)
-        return out
+        return out if x.dim() == 2 else out.unflatten(0, x.shape[:-1])
 
     def extra_repr(self) -> str:
         return f"{self.activation}, circuits={self.masks.shape[0]}"

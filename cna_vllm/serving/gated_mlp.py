@@ -3,6 +3,14 @@
 
 No module names are assumed: a gated MLP is the module that directly owns one fused
 activation-and-multiply and one row-parallel linear, whose input is then the vector of neurons.
+How its weights are stored is no part of that. Merged gate and up projections are what the
+activation reads anyway; tied embeddings and heads lie outside the decoder layers; a quantized
+linear keeps its class, and steering happens before it quantizes its input, since only an activation
+that vLLM knows by its class is ever fused with that quantization.
+
+In a mixture of experts the neurons of a layer are those of its one dense or shared MLP. A shared
+expert sees every token row in the order of the step; routed experts see rows gathered by expert
+and are never steered or recorded, which ``GatedMlp.routed_experts`` says by name.
 """
 
 from __future__ import annotations
@@ -37,7 +45,10 @@ class LayerVocabulary:
 
 @dataclass(frozen=True)
 class GatedMlp:
-    """One gated MLP on this rank: neurons [offset, offset + width) of ``layer``."""
+    """One gated MLP on this rank: neurons [offset, offset + width) of ``layer``.
+
+    routed_experts: paths of the routed experts beside it, whose neurons are out of reach.
+    """
 
     layer: int
     path: str
@@ -48,6 +59,7 @@ class GatedMlp:
     width: int
     offset: int
     total_width: int
+    routed_experts: tuple[str, ...] = ()
 
 
 def find_gated_mlps(
@@ -57,7 +69,7 @@ def find_gated_mlps(
 
     layers: global layer index -> (module path, decoder layer); layers of other pipeline stages
     are left out by the caller. Raises UnsupportedModelError, naming the layer, when a layer has
-    routed experts, no gated MLP, or more than one.
+    no gated MLP, be it for having only routed experts, or more than one.
     """
     found = [
         _gated_mlp(index, path, layer, vocabulary)
@@ -72,12 +84,8 @@ def find_gated_mlps(
 
 def _gated_mlp(index: int, path: str, layer: nn.Module, vocabulary: LayerVocabulary) -> GatedMlp:
     found: list[GatedMlp] = []
+    routed = tuple(n for n, m in layer.named_modules(prefix=path) if vocabulary.routed_experts(m))
     for name, module in layer.named_modules(prefix=path):
-        if vocabulary.routed_experts(module):
-            raise UnsupportedModelError(
-                f"layer {index}: {name} is a fused mixture of routed experts, whose neurons "
-                "cannot be steered yet; remove the cna key to serve this model unsteered"
-            )
         activations = [
             (attribute, kind)
             for attribute, child in module.named_children()
@@ -104,8 +112,15 @@ def _gated_mlp(index: int, path: str, layer: nn.Module, vocabulary: LayerVocabul
                     width=width,
                     offset=int(down.tp_rank) * width,
                     total_width=total,
+                    routed_experts=routed,
                 )
             )
+    if not found and routed:
+        raise UnsupportedModelError(
+            f"layer {index}: {', '.join(routed)} is a fused mixture of routed experts, whose "
+            "neurons cannot be steered, and no dense or shared gated MLP is beside it; remove the "
+            "cna key to serve this model unsteered"
+        )
     if len(found) != 1:
         what = "no gated MLP" if not found else f"{len(found)} gated MLPs"
         raise UnsupportedModelError(

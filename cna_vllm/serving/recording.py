@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recording of last-prompt-token activations inside the engine, for discovery.
 
-Each layer copies the flagged rows of a step to a staging slot; before the next step the slots
-are added to per-group float64 sums on the device. Memory does not grow with the prompts.
+Each layer copies the flagged rows of a step to a staging slot; before the next step each slot
+goes to the sink of its group (``sinks``), on the device. Memory does not grow with the prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from cna_vllm.serving.sinks import Rows, Sum, Top
 from cna_vllm.serving.state import upload
 
 
@@ -24,10 +25,11 @@ class _Pending:
 
 
 class Recorder:
-    """Sums of the activations at position P - 1 of the requests of each group, on one rank.
+    """Activations at position P - 1 of the requests of each group, on one rank.
 
-    A request is recorded once, at the first step that computes its last prompt token; a
-    recompute after preemption does not count it again.
+    Kept as a sum per group, unless ``start`` asked for something else. A request is recorded
+    once, at the first step that computes its last prompt token; a recompute after preemption does
+    not count it again.
     """
 
     def __init__(
@@ -49,14 +51,49 @@ class Recorder:
         )
         self._pending: dict[str, _Pending] = {}
         self._recorded: set[str] = set()
-        self._staged: list[str] = []
-        self._sums: dict[str, torch.Tensor] = {}
-        self._counts: dict[str, int] = {}
+        # Request and group of each staging slot in use.
+        self._staged: list[tuple[str, str]] = []
+        self._sums: dict[str, Sum] = {}
+        self._tops: dict[str, Top] = {}
+        self._rows: Rows | None = None
+        self._row_layers: list[int] = []
         self._dirty = False
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of all that is held, in bytes."""
+        held = sum(kept.nbytes for kept in self._sums.values())
+        held += sum(kept.nbytes for kept in self._tops.values())
+        held += 0 if self._rows is None else self._rows.nbytes
+        return self.row_record.nbytes + self._stage.nbytes + held
 
     def layer_stage(self, layer: int) -> torch.Tensor:
         """[slots, width]: where one layer copies flagged rows, a fixed view."""
         return self._stage[self._layers.index(layer)]
+
+    @torch.inference_mode()
+    def start(
+        self,
+        top: Mapping[str, int] | None = None,
+        top_prompts: int = 0,
+        row_layers: Sequence[int] = (),
+        row_prompts: int = 0,
+    ) -> None:
+        """Forgets what was recorded and says what to keep until the next ``take``.
+
+        top: group -> k: of these groups, the k strongest neurons of each of up to ``top_prompts``
+        prompts instead of a sum. row_layers: of all groups, instead of sums, the activations of
+        these layers (those of them that this rank has) of up to ``row_prompts`` prompts.
+        """
+        self.take()
+        layers, _, width = self._stage.shape
+        device = self._stage.device
+        for group, k in (top or {}).items():
+            self._tops[group] = Top(k, top_prompts, layers * width, device)
+        if row_prompts:
+            self._row_layers = [layer for layer in row_layers if layer in self._layers]
+            rows = [self._layers.index(layer) for layer in self._row_layers]
+            self._rows = Rows(rows, row_prompts, width, self._stage.dtype, device)
 
     def add(self, req_id: str, group: str | None, prompt_len: int) -> None:
         """Asks for one recording of a request's last prompt token."""
@@ -88,38 +125,44 @@ class Recorder:
             want = self._pending.get(req_id)
             if want is not None and computed <= want.position < computed + scheduled:
                 rows[start + want.position - computed] = len(self._staged)
-                self._staged.append(want.group)
+                self._staged.append((req_id, want.group))
                 del self._pending[req_id]
                 self._recorded.add(req_id)
             start += scheduled
         upload(self.row_record, rows)
         self._dirty = bool(self._staged)
 
+    @torch.inference_mode()
     def take(self) -> dict[str, Any]:
-        """The sums since the last call, in types that cross process boundaries; then resets.
+        """What was kept since ``start`` or the last call, in types that cross process borders.
 
-        {"layers", "offset", "width", "groups": {group: {"count", "sum": float64 bytes of
-        [layers, width]}}}
+        {"layers", "offset", "width", "groups": {group: Sum's report}, "top": {group: Top's
+        report}, "rows": None or {"layers", and Rows' report}}. Afterwards sums are kept again.
         """
         self._drain()
-        groups = {
-            group: {"count": self._counts[group], "sum": total.cpu().numpy().tobytes()}
-            for group, total in self._sums.items()
-        }
-        self._sums, self._counts = {}, {}
-        self._recorded.clear()
-        return {
+        report = {
             "layers": list(self._layers),
             "offset": self._offset,
             "width": self._stage.shape[2],
-            "groups": groups,
+            "groups": {group: kept.report() for group, kept in self._sums.items()},
+            "top": {group: kept.report() for group, kept in self._tops.items()},
+            "rows": (
+                None if self._rows is None else {"layers": self._row_layers, **self._rows.report()}
+            ),
         }
+        self._sums, self._tops, self._rows, self._row_layers = {}, {}, None, []
+        self._recorded.clear()
+        return report
 
+    # Steps run in inference mode, calls between them need not: what one makes the other updates.
+    @torch.inference_mode()
     def _drain(self) -> None:
-        for group in dict.fromkeys(self._staged):
-            slots = [i for i, g in enumerate(self._staged) if g == group]
-            index = torch.tensor(slots, device=self._stage.device)
-            total = self._stage.index_select(1, index).sum(1, dtype=torch.float64)
-            self._sums[group] = self._sums[group] + total if group in self._sums else total
-            self._counts[group] = self._counts.get(group, 0) + len(slots)
+        for slot, (req_id, group) in enumerate(self._staged):
+            values = self._stage[:, slot]
+            if group in self._tops:
+                self._tops[group].add(req_id, values)
+            elif self._rows is not None:
+                self._rows.add(group, values)
+            else:
+                self._sums.setdefault(group, Sum()).add(req_id, values)
         self._staged = []

@@ -47,6 +47,7 @@ class SteeringRuntime:
         width, offset, total = shapes.pop() if shapes else (1, 0, 1)
         self.layers = tuple(mlp.layer for mlp in mlps)
         self._total_width = total
+        self._routed_experts = [path for mlp in mlps for path in mlp.routed_experts]
         self.table = CircuitTable(self.layers, offset, width, config.max_circuits, device)
         self.state = SteeringState(
             self.table, max_num_reqs, max_num_tokens, config.max_circuits_per_request
@@ -65,8 +66,8 @@ class SteeringRuntime:
 
     @property
     def nbytes(self) -> int:
-        """Device memory of the resident table, in bytes."""
-        return self.table.nbytes
+        """Device memory of the resident table and of the recorder, in bytes."""
+        return self.table.nbytes + (0 if self.recorder is None else self.recorder.nbytes)
 
     def load(self, circuit: Circuit, wanted: Collection[str] = ()) -> int:
         """Makes a circuit resident on this rank and returns its row; see ``CircuitTable.load``."""
@@ -115,12 +116,17 @@ class SteeringRuntime:
             self.recorder.fill(req_ids, num_scheduled_tokens, num_computed_tokens)
 
     def status(self) -> dict[str, Any]:
-        """What is hooked and resident, and how many token rows were steered, by digest."""
+        """What is hooked and resident, and how many token rows were steered, by digest.
+
+        routed_experts: what the model has and no circuit reaches, by path.
+        """
         return {
             "layers": list(self.layers),
+            "routed_experts": list(self._routed_experts),
             "circuits": list(self.table.loaded()),
             "steered_tokens": self.state.steered_tokens(),
             "table_bytes": self.table.nbytes,
+            "recorder_bytes": 0 if self.recorder is None else self.recorder.nbytes,
             "addresses": [
                 t.data_ptr()
                 for t in (

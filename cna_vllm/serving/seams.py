@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from cna_vllm.request import (
@@ -27,11 +26,12 @@ from cna_vllm.request import (
     SteeringError,
 )
 from cna_vllm.serving import admission
+from cna_vllm.serving.attach import attach
 from cna_vllm.serving.cache_keys import steering_block_key
 from cna_vllm.serving.config import CONFIG_KEY, CnaConfig, CnaConfigError
 from cna_vllm.serving.registry import CircuitRegistry
 from cna_vllm.serving.runtime import SteeringRuntime
-from cna_vllm.serving.vllm_model import gated_mlps, refuse_unsupported, served_model
+from cna_vllm.serving.vllm_model import refuse_unsupported, served_model
 from cna_vllm.serving.worker_rpc import RPC_METHODS
 
 RUNTIME_ATTRIBUTE = "cna_runtime"
@@ -330,34 +330,6 @@ def _v2_state_cls(original: Callable[..., type]) -> Callable[..., type]:
         return SteeredModelState
 
     return resolve_model_state_cls
-
-
-def attach(vllm_config: Any, model: nn.Module, device: torch.device) -> SteeringRuntime:
-    """Hooks a loaded target model and makes the configured circuits resident."""
-    config = CnaConfig.from_additional_config(vllm_config.additional_config)
-    if config is None:
-        raise CnaConfigError("the engine was not configured to steer")
-    if config.record and vllm_config.parallel_config.data_parallel_size > 1:
-        raise CnaConfigError(
-            "cna.record does not work with data parallelism, whose dummy steps would be recorded; "
-            "discover on one replica"
-        )
-    scheduler = vllm_config.scheduler_config
-    model_config = vllm_config.model_config
-    runtime = SteeringRuntime(
-        gated_mlps(model, model_config.get_total_num_hidden_layers()),
-        config,
-        hidden_size=model_config.get_hidden_size(),
-        dtype=model_config.dtype,
-        device=device,
-        max_num_reqs=scheduler.max_num_seqs,
-        max_num_tokens=scheduler.max_num_batched_tokens,
-    )
-    for circuit in (
-        CircuitRegistry.from_config(config, served_model(model_config)).circuits().values()
-    ):
-        runtime.load(circuit)
-    return runtime
 
 
 def runtime_of(worker: Any) -> SteeringRuntime:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from cna_vllm.models import neurons_per_layer
 from cna_vllm.serving.gated_mlp import (
     GatedMlp,
     LayerVocabulary,
@@ -17,13 +18,12 @@ from cna_vllm.serving.registry import ServedModel
 
 
 def served_model(model_config: Any) -> ServedModel:
-    """What circuits must fit, from vLLM's model configuration."""
-    text_config = model_config.hf_text_config
-    width = getattr(text_config, "intermediate_size", None)
-    if not isinstance(width, int):
+    """What circuits must fit, from vLLM's model configuration; ``gated_mlps`` holds it to that."""
+    width = neurons_per_layer(model_config.hf_text_config)
+    if width is None:
         raise UnsupportedModelError(
-            f"{model_config.model}: its configuration has no single intermediate_size "
-            f"({width!r}); steering needs one size for all layers"
+            f"{model_config.model}: its configuration has no single intermediate_size; "
+            "steering needs one size for all layers"
         )
     return ServedModel(
         model=model_config.model,
@@ -33,8 +33,12 @@ def served_model(model_config: Any) -> ServedModel:
     )
 
 
-def gated_mlps(model: nn.Module, num_layers: int) -> list[GatedMlp]:
-    """The gated MLPs of the decoder layers that this pipeline stage owns."""
+def gated_mlps(model: nn.Module, served: ServedModel) -> list[GatedMlp]:
+    """The gated MLPs of the decoder layers that this pipeline stage owns.
+
+    Raises UnsupportedModelError when a layer has none, or one of another size than ``served``.
+    """
+    from vllm.logger import init_logger
     from vllm.lora.layers.base import BaseLayerWithLoRA
     from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
     from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
@@ -63,12 +67,12 @@ def gated_mlps(model: nn.Module, num_layers: int) -> list[GatedMlp]:
     stacks = [
         (name, module)
         for name, module in text_model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+        if isinstance(module, nn.ModuleList) and len(module) == served.num_layers
     ]
     if len(stacks) != 1:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: expected one list of {num_layers} decoder layers, found "
-            f"{[name for name, _ in stacks] or 'none'}; this architecture is not supported"
+            f"{type(model).__name__}: expected one list of {served.num_layers} decoder layers, "
+            f"found {[name for name, _ in stacks] or 'none'}; this architecture is not supported"
         )
     prefix, stack = stacks[0]
     owned = {
@@ -76,7 +80,7 @@ def gated_mlps(model: nn.Module, num_layers: int) -> list[GatedMlp]:
         for index, layer in enumerate(stack)
         if not isinstance(layer, PPMissingLayer)
     }
-    return find_gated_mlps(
+    found = find_gated_mlps(
         owned,
         LayerVocabulary(
             activation=activation,
@@ -85,6 +89,20 @@ def gated_mlps(model: nn.Module, num_layers: int) -> list[GatedMlp]:
             routed_experts=lambda module: isinstance(module, MoERunnerInterface),
         ),
     )
+    for mlp in found:
+        if mlp.total_width != served.intermediate_size:
+            raise UnsupportedModelError(
+                f"layer {mlp.layer}: {mlp.path} has {mlp.total_width} neurons, the model's "
+                f"configuration says {served.intermediate_size}; steering needs one size for all "
+                "layers"
+            )
+    if routed := [path for mlp in found for path in mlp.routed_experts]:
+        init_logger("vllm.cna").warning(
+            "Circuits reach the dense and shared-expert MLPs of this model only; its routed "
+            "experts are neither steered nor recorded: %s",
+            ", ".join(routed),
+        )
+    return found
 
 
 def refuse_unsupported(vllm_config: Any) -> None:
@@ -94,6 +112,10 @@ def refuse_unsupported(vllm_config: Any) -> None:
     reasons = {
         "micro-batching (enable_dbo, ubatch_size)": parallel.use_ubatching,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        # Each rank's shared experts then see a share of the step's rows.
+        "sequence-parallel experts (expert, tensor and data parallelism together)": (
+            parallel.use_sequence_parallel_moe
+        ),
         "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
         "adaptive verification of drafts": speculative is not None
         and speculative.enable_adaptive_verification,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cna_vllm.circuit import Circuit
+from cna_vllm.serving.recording import Recorder
 from cna_vllm.serving.runtime import SteeringRuntime
 
 
@@ -36,17 +37,27 @@ def cna_status(worker: Any) -> dict[str, Any]:
     return _runtime(worker).status()
 
 
+def cna_start_recording(worker: Any, plan: Mapping[str, Any]) -> None:
+    """``Recorder.start(**plan)``. Raises RuntimeError when the engine does not record."""
+    _recorder(worker).start(**plan)
+
+
 def cna_take_recording(worker: Any) -> dict[str, Any]:
     """See ``Recorder.take``. Raises RuntimeError when the engine does not record."""
+    return _recorder(worker).take()
+
+
+def _recorder(worker: Any) -> Recorder:
     recorder = _runtime(worker).recorder
     if recorder is None:
         raise RuntimeError("this engine does not record; start it with cna.record = true")
-    return recorder.take()
+    return recorder
 
 
 RPC_METHODS: dict[str, Callable[..., Any]] = {
     "cna_load": cna_load,
     "cna_unload": cna_unload,
     "cna_status": cna_status,
+    "cna_start_recording": cna_start_recording,
     "cna_take_recording": cna_take_recording,
 }

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests import tiny_models
 from tests.engine_job import V1, V2, run_engine
@@ -171,32 +170,6 @@ def test_tensor_parallel(tiny: Subject) -> None:
     )
     assert len(status) == 2
     assert_token_exact(tiny.verdicts(wanted, outputs), "tensor parallel 2")
-
-
-def test_scope_all_equals_scaled_columns(tiny: Subject, tmp_path: Path) -> None:
-    """Scope ``all`` writes what plain vLLM writes with scaled ``down_proj`` columns."""
-    multiplier = 0.5  # a power of two, so that scaling weights and activations round alike
-    baked = tmp_path / "baked"
-    baked.mkdir()
-    for file in Path(tiny.path).iterdir():
-        if file.suffix != ".safetensors":
-            (baked / file.name).write_bytes(file.read_bytes())
-    weights = load_file(Path(tiny.path) / "model.safetensors")
-    for layer, indices in tiny.circuits["one"].items():
-        weights[f"model.layers.{layer}.mlp.down_proj.weight"][:, list(indices)] *= multiplier
-    save_file(weights, baked / "model.safetensors", metadata={"format": "pt"})
-
-    prompts = tiny_models.prompts(8)
-    steered, _ = tiny.requests(
-        prompts, [tiny.arm(("one", multiplier), scope="all")], max_tokens=32, ignore_eos=True
-    )
-    plain, _ = tiny.requests(prompts, [PLAIN], max_tokens=32, ignore_eos=True)
-    (ours,) = run_engine(tiny.config(), [{"op": "generate", "requests": steered}])
-    stock = {**tiny.config(model=str(baked)), "additional_config": {}}
-    (theirs,) = run_engine(
-        stock, [{"op": "generate", "requests": plain}], env={**V1, "VLLM_PLUGINS": ""}
-    )
-    assert [o["token_ids"] for o in ours] == [o["token_ids"] for o in theirs]
 
 
 def test_unsteered_rows_are_bit_identical(tiny: Subject) -> None:

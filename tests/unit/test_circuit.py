@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cna_vllm import Circuit, CircuitError, Neuron
@@ -272,6 +272,7 @@ JSON_VALUES: st.SearchStrategy[Any] = st.recursive(
 
 
 @given(JSON_VALUES)
+@settings(deadline=None)
 def test_any_json_gives_a_circuit_or_a_circuit_error(data: Any) -> None:
     try:
         assert isinstance(Circuit.from_dict(data, **MODEL), Circuit)
@@ -280,6 +281,7 @@ def test_any_json_gives_a_circuit_or_a_circuit_error(data: Any) -> None:
 
 
 @given(st.sampled_from(sorted(document())), JSON_VALUES)
+@settings(deadline=None)
 def test_any_value_of_any_field_gives_a_circuit_or_a_circuit_error(name: str, value: Any) -> None:
     try:
         loaded = Circuit.from_dict(document(**{name: value}))
@@ -289,6 +291,7 @@ def test_any_value_of_any_field_gives_a_circuit_or_a_circuit_error(name: str, va
 
 
 @given(st.binary(max_size=64))
+@settings(deadline=None)
 def test_any_bytes_give_a_circuit_error(
     tmp_path_factory: pytest.TempPathFactory, raw: bytes
 ) -> None:
@@ -305,6 +308,7 @@ def test_any_bytes_give_a_circuit_error(
         min_size=1,
     )
 )
+@settings(deadline=None)
 def test_round_trip(entries: dict[tuple[int, int], float]) -> None:
     made = circuit(neurons=[Neuron(layer, index, d) for (layer, index), d in entries.items()])
     again = Circuit.from_dict(json.loads(json.dumps(made.to_dict())))

@@ -23,6 +23,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     (tmp_path / "p.txt").write_text("a\nb\n")
     (tmp_path / "there.json").write_text("{}")
+    (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "bad.json").write_text('{"format": "cna-circuit"}')
     (tmp_path / "foreign.json").write_text('{"1": [3, 7]}')
     monkeypatch.chdir(tmp_path)
@@ -74,6 +75,15 @@ DISCOVER = "discover m --positive p.txt --negative p.txt --out o.json"
         (f"{DISCOVER} --layers 5-2", "--layers"),
         (f"{DISCOVER} --layers x", "--layers"),
         (f"{DISCOVER} --layers 0-99999999999", "--layers"),
+        (f"{DISCOVER} --preset mine", "invalid choice: 'mine'"),
+        (f"{DISCOVER} --universal none.txt", "none.txt: cannot be read"),
+        (f"{DISCOVER} --holdout 1", "--holdout"),
+        (f"{DISCOVER} --bootstrap 0", "--bootstrap"),
+        (f"{DISCOVER} --seed -1", "--seed"),
+        (f"{DISCOVER} --raw --system x", "--system needs the chat template"),
+        (f"{DISCOVER} --control there.json", "there.json: exists"),
+        (f"{DISCOVER} --control o.json", "is also --out"),
+        (f"{DISCOVER} --positive empty.txt", "empty.txt: holds no prompt"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

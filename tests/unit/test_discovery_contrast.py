@@ -114,6 +114,7 @@ def test_circuit_size(layers: int, width: int, fraction: float, k: int) -> None:
 
 
 @given(st.integers(1, 128), st.integers(1, 40_000))
+@settings(deadline=None)
 def test_circuit_size_of_the_paper(layers: int, width: int) -> None:
     assert circuit_size(layers, width, 0.001) == max(1, layers * width // 1000)
 
@@ -121,6 +122,7 @@ def test_circuit_size_of_the_paper(layers: int, width: int) -> None:
 @given(st.integers(1, 50), st.integers(1, 200), st.integers(1, 1000))
 @example(10, 10, 11)
 @example(1, 1, 290)
+@settings(deadline=None)
 def test_circuit_size_is_the_floor_of_the_fraction_as_written(
     layers: int, hundreds: int, thousandths: int
 ) -> None:

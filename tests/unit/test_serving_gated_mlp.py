@@ -166,6 +166,26 @@ def test_a_layer_that_is_its_own_mlp() -> None:
     assert (found.path, found.offset, found.total_width) == ("model.layers.0", 0, WIDTH)
 
 
+class Runner(RoutedExperts):
+    """Holds, as vLLM's does, the shared expert that the layer holds too."""
+
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.shared = shared
+
+
+@pytest.mark.parametrize("runner_first", [False, True])
+def test_the_shared_expert_beside_routed_ones(runner_first: bool) -> None:
+    """Found once, and what is out of reach is named."""
+    shared = Mlp()
+    children = [("shared_expert", shared), ("experts", Runner(shared))]
+    layer = make_layer(mlp=make_layer(**dict(children[::-1] if runner_first else children)))
+    dense, mixed = find(make_layer(mlp=Mlp()), layer)
+    assert mixed.module is shared
+    assert mixed.routed_experts == ("model.layers.1.mlp.experts",)
+    assert dense.routed_experts == ()
+
+
 def test_in_layer_order_and_of_this_stage_only() -> None:
     found = find(*(make_layer(mlp=Mlp()) for _ in range(12)), first=4)
     assert [mlp.layer for mlp in found] == list(range(4, 16))
@@ -193,11 +213,15 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "two mlps": (lambda: make_layer(mlp=Mlp(), shared_mlp=Mlp()), "2 gated MLPs"),
     "routed experts": (
         lambda: make_layer(mlp=make_layer(experts=RoutedExperts())),
-        "routed experts",
+        r"model\.layers\.2\.mlp\.experts is a fused mixture of routed experts",
     ),
-    "routed experts beside a shared one": (
-        lambda: make_layer(shared=Mlp(), experts=RoutedExperts()),
-        "routed experts",
+    "routed experts beside a plain mlp": (
+        lambda: make_layer(experts=RoutedExperts(), shared=make_layer(down=RowParallel())),
+        "mixture of routed experts.*no dense or shared gated MLP is beside it",
+    ),
+    "routed experts beside a shared and a dense mlp": (
+        lambda: make_layer(experts=RoutedExperts(), shared=Mlp(), dense=Mlp()),
+        "2 gated MLPs",
     ),
     "unknown activation": (
         lambda: make_layer(mlp=Mlp(activation=OddAndMul())),

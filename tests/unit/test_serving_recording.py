@@ -221,9 +221,108 @@ def test_sums_do_not_lose_what_the_dtype_would() -> None:
 
 def test_reports_cross_process_borders() -> None:
     engine = Engine()
-    engine.recorder.add("a", "g", 1)
-    engine.step(("a", 1, 0), expect={"a": ("g", 0)})
+    engine.recorder.start(top={"t": 2}, top_prompts=1)
+    for name in ("g", "t"):
+        engine.recorder.add(name, name, 1)
+        engine.step((name, 1, 0), expect={name: (name, 0)})
     taken = engine.recorder.take()
-    assert type(taken["groups"]["g"]["sum"]) is bytes
-    taken["groups"]["g"]["sum"] = taken["groups"]["g"]["sum"].hex()
+    for kept, field in ((taken["groups"]["g"], "sum"), (taken["top"]["t"], "keys")):
+        assert type(kept[field]) is bytes
+        kept[field] = kept[field].hex()
     json.dumps(taken)
+
+
+def record(engine: Engine, names: range, group: str | None = None) -> NDArray[np.float64]:
+    """One step per prompt; what it held: [prompts, layers, width]."""
+    rows = []
+    for name in names:
+        own = str(name) if group is None else group
+        engine.sums.clear()
+        engine.recorder.add(f"r{name}", own, 1)
+        engine.step((f"r{name}", 1, 0), expect={f"r{name}": (own, 0)})
+        rows.append(engine.sums[own])
+    return np.stack(rows)
+
+
+def test_the_strongest_neurons_of_each_prompt_beside_sums() -> None:
+    engine = Engine()
+    engine.recorder.start(top={"t": 3}, top_prompts=4)
+    rows = record(engine, range(4), "t")
+    record(engine, range(4, 6), "g")
+    taken = engine.recorder.take()
+    assert taken["groups"].keys() == {"g"} and taken["rows"] is None
+    found = taken["top"]["t"]
+    assert (found["names"], found["k"]) == (["r0", "r1", "r2", "r3"], 3)
+    keys = np.frombuffer(found["keys"], dtype=np.uint64).reshape(4, 3)
+    for prompt, key in zip(rows, keys, strict=True):
+        strongest = sorted(range(2 * WIDTH), key=lambda i: (-abs(prompt.flat[i]), i))[:3]
+        assert sorted(2**32 - 1 - (key & np.uint64(2**32 - 1))) == sorted(strongest)
+        magnitudes = (key >> np.uint64(32)).astype(np.uint32).view(np.float32)
+        assert sorted(magnitudes) == sorted(abs(prompt.flat[i]) for i in strongest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_chosen_layers(dtype: torch.dtype) -> None:
+    engine = Engine(dtype)
+    engine.recorder.start(row_layers=[0, 5, 9], row_prompts=3)
+    rows = record(engine, range(3))
+    taken = engine.recorder.take()
+    assert taken["groups"] == {} and taken["top"] == {}
+    assert taken["rows"]["layers"] == [5]
+    assert taken["rows"]["names"] == ["0", "1", "2"]
+    found = np.frombuffer(taken["rows"]["rows"], dtype=np.float32).reshape(3, 1, WIDTH)
+    assert np.array_equal(found, rows[:, 1:])
+
+
+def test_a_plan_ends_when_its_recording_is_taken() -> None:
+    engine = Engine()
+    engine.recorder.start(top={"g": 1}, top_prompts=1, row_layers=[2], row_prompts=1)
+    engine.recorder.take()
+    record(engine, range(1), "g")
+    assert engine.recorder.take()["groups"].keys() == {"g"}
+    record(engine, range(1, 2), "g")
+    engine.recorder.start()
+    assert engine.recorder.take()["groups"] == {}, "starting forgets what was there"
+
+
+def test_what_is_over_the_capacity_is_left_out() -> None:
+    """The reader counts names; an engine's step must not fail."""
+    engine = Engine()
+    engine.recorder.start(top={"t": 1}, top_prompts=2)
+    record(engine, range(3), "t")
+    assert engine.recorder.take()["top"]["t"]["names"] == ["r0", "r1"]
+    engine.recorder.start(row_layers=[2], row_prompts=2)
+    record(engine, range(3))
+    assert engine.recorder.take()["rows"]["names"] == ["0", "1"]
+
+
+def test_memory_does_not_grow_with_the_prompts() -> None:
+    def held(count: int) -> list[int]:
+        engine = Engine()
+        engine.recorder.start(top={"t": 2}, top_prompts=50)
+        sizes = [engine.recorder.nbytes]
+        record(engine, range(count), "g")
+        record(engine, range(count, 2 * count), "t")
+        engine.recorder.fill([], np.array([]), np.array([]))
+        return [*sizes, engine.recorder.nbytes]
+
+    few, many = held(50), held(500)
+    assert few == many
+    # row_record, the stage, one float64 sum; keys and their tie-breaks before the first prompt.
+    stage = len(LAYERS) * MAX_REQS * WIDTH * 4
+    keys = 8 * 50 * 2 + 8 * len(LAYERS) * WIDTH
+    assert few == [4 * MAX_TOKENS + stage + keys, few[0] + 8 * len(LAYERS) * WIDTH]
+
+
+def test_steps_in_inference_mode_and_calls_outside_of_it() -> None:
+    """The model runner's steps are in inference mode, calls from the front end need not be."""
+    engine = Engine()
+    engine.recorder.start(top={"t": 1}, top_prompts=3)
+    with torch.inference_mode():
+        record(engine, range(2), "g")
+    record(engine, range(2, 4), "t")
+    with torch.inference_mode():
+        record(engine, range(4, 5), "t")
+    taken = engine.recorder.take()
+    assert taken["groups"]["g"]["count"] == 2
+    assert len(taken["top"]["t"]["names"]) == 3

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a circuit can be trusted: held-out separation, and selection under resampled prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from cna_vllm.circuit import Circuit, Neuron
+from cna_vllm.discovery.activations import Activations
+from cna_vllm.discovery.prefill import Dimensions
+from cna_vllm.discovery.sets import SetRows, mean_difference
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How well one number per prompt tells two sets apart.
+
+    auroc: probability that a positive prompt scores above a negative one, ties counting half;
+    0.5 is chance. p_value: of the two-sided Mann-Whitney U test.
+    """
+
+    auroc: float
+    p_value: float
+
+
+def separation(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> Separation:
+    """positive, negative: scores, one a prompt, for instance ``mean_signed_activation``."""
+    test = stats.mannwhitneyu(positive, negative, alternative="two-sided")
+    auroc = float(test.statistic) / (len(positive) * len(negative))
+    return Separation(auroc, float(test.pvalue))
+
+
+def mean_signed_activation(circuit: Circuit, activations: Activations) -> NDArray[np.float64]:
+    """Mean over the circuit's neurons of sign(delta) * a, for each prompt: float64 [prompts].
+
+    activations: layer -> [prompts, intermediate_size], of at least the circuit's layers. Neurons
+    whose delta is 0 count as 0.
+    """
+    columns = [
+        np.sign(n.delta) * activations[n.layer][:, n.index].astype(np.float64)
+        for n in circuit.neurons
+    ]
+    return np.mean(columns, axis=0)
+
+
+@dataclass(frozen=True)
+class Stability:
+    """mean_jaccard: |A and B| / |A or B| of the circuit and a resample's, over all resamples.
+    frequency: of each neuron of the circuit, the share of resamples that select it."""
+
+    resamples: int
+    mean_jaccard: float
+    frequency: dict[tuple[int, int], float]
+
+
+def bootstrap(
+    rows: SetRows,
+    size: Dimensions,
+    chosen: Sequence[Neuron],
+    select: Callable[[NDArray[np.float64]], Sequence[Neuron]],
+    resamples: int,
+    seed: int,
+) -> Stability:
+    """Repeats the selection on prompts drawn with replacement, each set from itself.
+
+    select: from a delta of all layers to neurons; chosen: what it selects from all prompts.
+    """
+    draw = np.random.default_rng(seed)
+    full = {(n.layer, n.index) for n in chosen}
+    hits = dict.fromkeys(sorted(full), 0)
+    overlaps = []
+
+    def weights(values: NDArray[np.float32]) -> NDArray[np.float64]:
+        count = values.shape[1]
+        return draw.multinomial(count, np.full(count, 1 / count)) / count
+
+    for _ in range(resamples):
+        delta = mean_difference(rows, size, (weights(rows.positive), weights(rows.negative)))
+        found = {(n.layer, n.index) for n in select(delta)}
+        overlaps.append(len(found & full) / len(found | full))
+        for neuron in found & full:
+            hits[neuron] += 1
+    frequency = {neuron: count / resamples for neuron, count in hits.items()}
+    return Stability(resamples, float(np.mean(overlaps)), frequency)

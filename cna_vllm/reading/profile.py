@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where in the model a circuit lies: neurons by layer, and the shares of the late layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cna_vllm.circuit import Circuit, Neuron
+
+BAR_WIDTH = 40
+
+
+@dataclass(frozen=True)
+class LateShare:
+    """How much of a circuit lies in the layers from `first_layer` to the last.
+
+    Attributes:
+        name: `last 10%`, `last three layers` or `last quarter`; layers are rounded up.
+        first_layer: the first of those layers.
+        neurons: the circuit's neurons there.
+        share: `neurons` of all neurons of the circuit, 0 to 1.
+        uniform: the share that neurons spread evenly over all layers would have.
+    """
+
+    name: str
+    first_layer: int
+    neurons: int
+    share: float
+    uniform: float
+
+
+def layer_counts(circuit: Circuit) -> list[int]:
+    """Number of the circuit's neurons in every layer of the model."""
+    layers = circuit.by_layer()
+    return [len(layers.get(layer, ())) for layer in range(circuit.num_layers)]
+
+
+def late_shares(circuit: Circuit) -> tuple[LateShare, ...]:
+    """The shares of the last 10% of layers, the last three and the last quarter."""
+    total = circuit.num_layers
+    counts = layer_counts(circuit)
+    shares = []
+    for name, layers in (
+        ("last 10%", -(-total // 10)),
+        ("last three layers", min(3, total)),
+        ("last quarter", -(-total // 4)),
+    ):
+        neurons = sum(counts[total - layers :])
+        shares.append(
+            LateShare(name, total - layers, neurons, neurons / len(circuit), layers / total)
+        )
+    return tuple(shares)
+
+
+def strongest(circuit: Circuit, count: int) -> list[Neuron]:
+    """The `count` neurons of largest |delta|; ties: lower layer, then lower index."""
+    return sorted(circuit.neurons, key=lambda n: (-abs(n.delta), n.layer, n.index))[:count]
+
+
+def bar_chart(counts: Sequence[int], max_rows: int | None = None) -> str:
+    """A line for every layer, or for groups of layers where there are more than `max_rows`.
+
+    A bar is `BAR_WIDTH` wide at the largest count, and at least one mark where there is any.
+    """
+    size = 1 if max_rows is None else -(-len(counts) // max_rows)
+    groups = [
+        (start, min(start + size, len(counts)) - 1, sum(counts[start : start + size]))
+        for start in range(0, len(counts), size)
+    ]
+    most = max(count for _, _, count in groups) or 1
+    labels = [str(first) if first == last else f"{first}-{last}" for first, last, _ in groups]
+    width = max(5, *map(len, labels))
+    return "\n".join(
+        f"{label:>{width}} {count:6}  {'#' * -(-count * BAR_WIDTH // most)}".rstrip()
+        for label, (_, _, count) in zip(labels, groups, strict=True)
+    )

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Circuits and comparisons as text and as JSON; `plot` draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cna_vllm.circuit import Circuit, Neuron
+from cna_vllm.reading.compare import Chance, Comparison
+from cna_vllm.reading.profile import LateShare, bar_chart, late_shares, layer_counts
+from cna_vllm.reading.tokens import visible
+from cna_vllm.reading.vocabulary import Item, Reading
+
+_TOKEN_WIDTH = 24
+LENS = (
+    "promotes and suppresses: logit lens of sign(delta) * down_proj[:, index], so the change "
+    "from the negative to the positive prompts, through the final norm's gain and the unembedding"
+)
+
+
+def shares_text(circuit: Circuit) -> str:
+    """One line: the late layers' shares, and what neurons spread evenly would have."""
+    return ", ".join(
+        f"{share.name} {share.share:.0%} (evenly: {share.uniform:.0%})"
+        for share in late_shares(circuit)
+    )
+
+
+def profile_text(circuit: Circuit, max_rows: int | None = None) -> str:
+    """The bar chart of neurons by layer, under its heading, and the late layers' shares."""
+    chart = bar_chart(layer_counts(circuit), max_rows)
+    return f"neurons by layer\n{chart}\n{shares_text(circuit)}"
+
+
+def neurons_text(neurons: Sequence[Neuron]) -> str:
+    """A line for every neuron: layer, index and delta."""
+    lines = [f"strongest {len(neurons)}", "layer  index       delta"]
+    return "\n".join(lines + [_neuron_line(neuron) for neuron in neurons])
+
+
+def readings_text(readings: Sequence[Reading], *, suppresses: bool = True) -> str:
+    """`neurons_text` with the vocabulary items, a line of promoted and one of suppressed ones."""
+    lines = [f"strongest {len(readings)}", "layer  index       delta  promotes (+), suppresses (-)"]
+    for reading in readings:
+        start = _neuron_line(reading.neuron)
+        lines.append(f"{start}  + {items_text(reading.promotes)}".rstrip())
+        if suppresses:
+            lines.append(f"{'':{len(start)}}  - {items_text(reading.suppresses)}".rstrip())
+    if not suppresses:
+        lines[1] = "layer  index       delta  promotes"
+        lines[2:] = [line.replace("  + ", "  ", 1) for line in lines[2:]]
+    return "\n".join(lines)
+
+
+def items_text(items: Sequence[Item]) -> str:
+    return "  ".join(visible(item.text, _TOKEN_WIDTH) for item in items)
+
+
+def circuit_json(
+    circuit: Circuit, neurons: Sequence[Neuron], readings: Sequence[Reading]
+) -> dict[str, Any]:
+    """Everything the text shows; `promotes` and `suppresses` only where `readings` are given."""
+    rows = [_neuron_json(neuron) for neuron in neurons]
+    if readings:
+        rows = [
+            {
+                **_neuron_json(reading.neuron),
+                "promotes": [_item_json(item) for item in reading.promotes],
+                "suppresses": [_item_json(item) for item in reading.suppresses],
+            }
+            for reading in readings
+        ]
+    return {
+        **_head_json(circuit),
+        "dtype": circuit.dtype,
+        "method": dict(circuit.method),
+        "prompts": dict(circuit.prompts),
+        "created": circuit.created,
+        "notes": list(circuit.notes),
+        "positive": sum(neuron.delta > 0 for neuron in circuit.neurons),
+        "negative": sum(neuron.delta < 0 for neuron in circuit.neurons),
+        "neurons_by_layer": layer_counts(circuit),
+        "late_layers": [_share_json(share) for share in late_shares(circuit)],
+        "strongest": rows,
+        "lens": LENS if readings else None,
+    }
+
+
+def expected_text(chance: Chance) -> str:
+    """The expected number of common neurons, to two digits or one place."""
+    return f"{chance.expected:.1f}" if chance.expected >= 10 else f"{chance.expected:.2g}"
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """A few lines for people, then a line for every layer with neurons of either circuit."""
+    first, second, common = comparison.first, comparison.second, len(comparison.common)
+    lines = []
+    for letter, circuit in (("A", first), ("B", second)):
+        lines.append(f"{letter}        {circuit.model}, {len(circuit)} neurons")
+        lines.append(f"         {shares_text(circuit)}")
+    lines += [
+        f"overlap  {common} neurons: {common / len(first):.1%} of A, {common / len(second):.1%} "
+        f"of B, Jaccard {comparison.jaccard:.3f}",
+        f"chance   {_chance_text(comparison.uniform)} drawn from all neurons; "
+        f"{_chance_text(comparison.within_layers)} drawn within each layer",
+        f"deltas   sign agreement {_optional(comparison.same_sign, '.0%')}, correlation "
+        f"{_optional(comparison.correlation, '+.3f')} over the common neurons",
+        "",
+        "layer      A      B   both",
+    ]
+    lines += [
+        f"{layer:5} {a:6} {b:6} {both:6}"
+        for layer, (a, b, both) in enumerate(comparison.by_layer)
+        if a or b
+    ]
+    return "\n".join(lines)
+
+
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    """Everything the text shows, and the common neurons with both deltas."""
+    return {
+        **{
+            name: {
+                **_head_json(circuit),
+                "late_layers": [_share_json(share) for share in late_shares(circuit)],
+            }
+            for name, circuit in (("a", comparison.first), ("b", comparison.second))
+        },
+        "overlap": len(comparison.common),
+        "share_of_a": len(comparison.common) / len(comparison.first),
+        "share_of_b": len(comparison.common) / len(comparison.second),
+        "jaccard": comparison.jaccard,
+        "chance_uniform": vars(comparison.uniform),
+        "chance_within_layers": vars(comparison.within_layers),
+        "sign_agreement": comparison.same_sign,
+        "delta_correlation": comparison.correlation,
+        "by_layer": [{"a": a, "b": b, "both": both} for a, b, both in comparison.by_layer],
+        "common": [
+            {"layer": a.layer, "index": a.index, "delta_a": a.delta, "delta_b": b.delta}
+            for a, b in comparison.common
+        ],
+    }
+
+
+def _neuron_line(neuron: Neuron) -> str:
+    return f"{neuron.layer:5} {neuron.index:6} {neuron.delta:+11.4g}"
+
+
+def _chance_text(chance: Chance) -> str:
+    return f"{expected_text(chance)} expected (p = {chance.p_value:.2g})"
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "unknown" if value is None else format(value, form)
+
+
+def _head_json(circuit: Circuit) -> dict[str, Any]:
+    return {
+        "model": circuit.model,
+        "architecture": circuit.architecture,
+        "num_layers": circuit.num_layers,
+        "intermediate_size": circuit.intermediate_size,
+        "neurons": len(circuit),
+        "digest": circuit.digest,
+    }
+
+
+def _neuron_json(neuron: Neuron) -> dict[str, Any]:
+    return {"layer": neuron.layer, "index": neuron.index, "delta": neuron.delta}
+
+
+def _item_json(item: Item) -> dict[str, Any]:
+    return vars(item)
+
+
+def _share_json(share: LateShare) -> dict[str, Any]:
+    return vars(share)

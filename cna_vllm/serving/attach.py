@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a loaded model to a rank's steering runtime with the configured circuits resident."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from cna_vllm.serving.config import CnaConfig, CnaConfigError
+from cna_vllm.serving.registry import CircuitRegistry
+from cna_vllm.serving.runtime import SteeringRuntime
+from cna_vllm.serving.vllm_model import gated_mlps, served_model
+
+
+def attach(vllm_config: Any, model: nn.Module, device: torch.device) -> SteeringRuntime:
+    """Hooks a loaded target model and makes the configured circuits resident."""
+    config = CnaConfig.from_additional_config(vllm_config.additional_config)
+    if config is None:
+        raise CnaConfigError("the engine was not configured to steer")
+    if config.record and vllm_config.parallel_config.data_parallel_size > 1:
+        raise CnaConfigError(
+            "cna.record does not work with data parallelism, whose dummy steps would be recorded; "
+            "discover on one replica"
+        )
+    scheduler = vllm_config.scheduler_config
+    model_config = vllm_config.model_config
+    served = served_model(model_config)
+    runtime = SteeringRuntime(
+        gated_mlps(model, served),
+        config,
+        hidden_size=model_config.get_hidden_size(),
+        dtype=model_config.dtype,
+        device=device,
+        max_num_reqs=scheduler.max_num_seqs,
+        max_num_tokens=scheduler.max_num_batched_tokens,
+    )
+    for circuit in CircuitRegistry.from_config(config, served).circuits().values():
+        runtime.load(circuit)
+    return runtime

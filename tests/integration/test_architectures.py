@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steering and discovery on every covered architecture, against Hugging Face hooks.
+
+Raw token ids throughout: a random checkpoint has no tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cna_vllm.circuit import Neuron
+from cna_vllm.discovery import select_neurons
+from tests import tiny_models
+from tests.architectures import ARCHITECTURES
+from tests.engine_job import V1, V2, EngineFailed, run_engine
+from tests.integration.conftest import PLAIN, Subject
+from tests.oracles import HookedModel, assert_token_exact
+from tests.tiny_models import LAYERS, WIDTH
+
+pytestmark = pytest.mark.engine
+
+IN_PROCESS = {**V1, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# Groups of prompts of different sizes, contrasted in pairs.
+GROUPS = {
+    name: tiny_models.prompts(count, seed)
+    for name, count, seed in (("a", 3, 11), ("b", 4, 12), ("c", 2, 13))
+}
+CONTRASTS = (("a", "b"), ("c", "a"))
+SIZES = (1, 12, 60)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_steering_and_discovery(name: str, tmp_path: Path) -> None:
+    """One engine: every multiplier and scope and two circuits in a batch, then a recording."""
+    check(name, tmp_path, IN_PROCESS, prompts=3, max_tokens=12)
+
+
+# Both activations, and vLLM's Transformers backend, whose rows have a leading dimension.
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "smollm3"])
+def test_steering_and_discovery_v2(name: str, tmp_path: Path) -> None:
+    """The same through the GPU model runner and the Triton kernel, both interpreted."""
+    check(name, tmp_path, V2, prompts=2, max_tokens=6)
+
+
+def test_shared_experts_on_two_ranks(tmp_path: Path) -> None:
+    """Each rank has half of every shared expert; their sum is taken after the routed experts."""
+    env = {
+        **V1,
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # the test's own look into the workers
+    }
+    check("qwen2_moe", tmp_path, env, prompts=2, max_tokens=8, tensor_parallel_size=2)
+
+
+def test_layers_of_different_sizes_are_refused(tmp_path: Path) -> None:
+    """A dense layer among those with a shared expert, of another size than they."""
+    model = ARCHITECTURES["qwen2_moe"].save(tmp_path, mlp_only_layers=[1])
+    engine = {
+        "model": str(model),
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 128,
+        "additional_config": {"cna": {}},
+    }
+    with pytest.raises(EngineFailed) as failure:
+        run_engine(engine, [{"op": "status"}], env=IN_PROCESS)
+    says = "layer 1: model.layers.1.mlp has 160 neurons, the model's configuration says 96"
+    assert says in str(failure.value)
+
+
+def check(
+    name: str,
+    folder: Path,
+    runner: Mapping[str, str],
+    *,
+    prompts: int,
+    max_tokens: int,
+    **options: Any,
+) -> None:
+    architecture = ARCHITECTURES[name]
+    subject = build(name, folder)
+    requests, wanted = subject.requests(
+        tiny_models.prompts(prompts), subject.matrix(), max_tokens=max_tokens, ignore_eos=True
+    )
+    cna = {"circuits": dict(subject.files), "record": True}
+    outputs, means, hooks, status = run_engine(
+        subject.config(additional_config={"cna": cna}, **options),
+        [
+            {"op": "generate", "requests": requests},
+            {"op": "record", "groups": GROUPS},
+            {"op": "hooks"},
+            {"op": "status"},
+        ],
+        env=runner,
+    )
+    assert hooks == [[architecture.vllm_mlp, architecture.activation]] * LAYERS
+    assert len(status) == options.get("tensor_parallel_size", 1)
+    routed = architecture.routed_experts
+    for rank in status:
+        assert rank["layers"] == list(range(LAYERS))
+        assert rank["routed_experts"] == [routed.format(i) for i in range(LAYERS) if routed]
+    plain = [i for i, (_, arm) in enumerate(wanted) if arm is PLAIN]
+    verdicts = subject.verdicts(wanted, outputs)
+    assert_token_exact([verdicts[i] for i in plain], f"{name}, without steering")
+    assert_token_exact(verdicts, name)
+    texts = {tuple(o["token_ids"][0]) for o in outputs}
+    assert len(texts) > len(outputs) / 2, "the arms must change the text for this to prove much"
+    check_discovery(subject.oracle, means)
+
+
+def build(name: str, folder: Path) -> Subject:
+    """A random checkpoint, its oracle, and two circuits of a fifth of its neurons."""
+    architecture = ARCHITECTURES[name]
+    oracle = HookedModel(architecture.save(folder / "model"))
+    assert type(oracle.model).__name__ == architecture.model_class
+    circuits = {
+        circuit: tiny_models.channels(LAYERS, WIDTH, WIDTH // 5, seed)
+        for circuit, seed in (("one", 1), ("two", 2))
+    }
+    files = {}
+    for circuit, channels in circuits.items():
+        file = folder / f"{circuit}.json"
+        file.write_text(
+            json.dumps(tiny_models.circuit_object(channels, architecture=architecture.model_class))
+        )
+        files[circuit] = str(file)
+    engine = {"skip_tokenizer_init": True, "max_model_len": 128}
+    return Subject(str(folder / "model"), oracle, circuits, files, engine)
+
+
+def check_discovery(oracle: HookedModel, means: Mapping[str, Any]) -> None:
+    """Recorded means, and every selection from them, are those of the oracle."""
+    want = {
+        group: np.mean([oracle.down_proj_inputs(p).double().numpy() for p in prompts], axis=0)
+        for group, prompts in GROUPS.items()
+    }
+    for positive, negative in CONTRASTS:
+        ours = np.array(means[positive]) - np.array(means[negative])
+        delta = want[positive] - want[negative]
+        for k in SIZES:
+            check_selection(select_neurons(ours, k), delta, k)
+
+
+def check_selection(neurons: list[Neuron], delta: NDArray[np.float64], k: int) -> None:
+    """The k largest |delta|, in any order where relative differences are under 1e-5."""
+    assert len(neurons) == k
+    strength = np.abs(delta).ravel()
+    order = np.argsort(-strength)
+    threshold = strength[order[k - 1]]
+    chosen = {n.layer * WIDTH + n.index for n in neurons}
+    for index in chosen ^ set(order[:k].tolist()):
+        assert abs(strength[index] - threshold) <= 1e-5 * threshold
+    for neuron in neurons:
+        assert neuron.delta == pytest.approx(delta[neuron.layer, neuron.index], rel=1e-4)
