@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What steering costs a whole engine: tokens/s of each variant as a ratio to stock vLLM's.
 
-    python benchmarks/engine_throughput.py [--model M] [--sessions 6] [--rounds 3] [--record]
+    python benchmarks/engine_throughput.py [--model M] [--restarts 6] [--rounds 3] [--record]
 
 Variants: ``stock``, vLLM with no plugin loaded; ``control``, the same in a second process, whose
 ratio to ``stock`` is 1 but for noise; ``idle``, circuits configured, no request steered;
@@ -9,10 +9,10 @@ ratio to ``stock`` is 1 but for noise; ``idle``, circuits configured, no request
 rotated order, one at a time.
 
 Two processes of the same program differ by up to 6% for as long as they live, by where their
-memory came to lie; rounds cannot average that out. So a session starts all processes anew, in
+memory came to lie; rounds cannot average that out. So a restart starts all processes anew, in
 rotated order, with transparent huge pages for malloc where the C library has them, and a ratio
-is the median over sessions of the median over rounds of the quotient within a round. It is
-printed with its lowest and highest session: a difference smaller than the control's spread says
+is the median over restarts of the median over rounds of the quotient within a round. It is
+printed with its lowest and highest restart: a difference smaller than the control's spread says
 nothing. ``steered/idle`` compares two variants of one process, so it is free of that effect. CPU
 ratios compare tokens per second of the process's CPU time, which other load on the machine
 disturbs less. With --record a JSON row is appended to benchmarks/results/engine_throughput.jsonl.
@@ -137,7 +137,7 @@ def random_circuit(model: str, fraction: float) -> Circuit:
 Round = dict[str, dict[str, float]]
 
 
-def session(number: int, config: dict[str, Any], args: argparse.Namespace) -> list[Round]:
+def restart(number: int, config: dict[str, Any], args: argparse.Namespace) -> list[Round]:
     """Fresh processes, a warm-up, and the measured rounds."""
     kinds: list[tuple[str, dict[str, Any], str | None]] = [
         (STOCK, {}, ""),
@@ -161,14 +161,14 @@ def session(number: int, config: dict[str, Any], args: argparse.Namespace) -> li
     return rounds
 
 
-def ratios(sessions: list[list[Round]], clock: str) -> dict[str, list[float]]:
-    """variant -> [lowest session, median, highest session] of the ratio of tokens per second."""
+def ratios(restarts: list[list[Round]], clock: str) -> dict[str, list[float]]:
+    """variant -> [lowest restart, median, highest restart] of the ratio of tokens per second."""
     pairs = [(v, STOCK) for v in VARIANTS[1:]] + [(STEERED, IDLE)]
     result = {}
     for variant, base in pairs:
         values = [
             statistics.median(r[variant][clock] / r[base][clock] for r in rounds)
-            for rounds in sessions
+            for rounds in restarts
         ]
         figures = (min(values), statistics.median(values), max(values))
         result[f"{variant}/{base}"] = [round(value, 4) for value in figures]
@@ -178,8 +178,8 @@ def ratios(sessions: list[list[Round]], clock: str) -> dict[str, list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=None, help="default: SmolLM2-135M-Instruct")
-    parser.add_argument("--sessions", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=3, help="in each session")
+    parser.add_argument("--restarts", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3, help="after each restart")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--fraction", type=float, default=0.001, help="of all neurons")
@@ -196,11 +196,11 @@ def main() -> None:
         circuit = random_circuit(args.model, args.fraction)
         circuit.save(file)
         config = {"cna": {"circuits": {"c": str(file)}}}
-        sessions = []
-        for number in range(args.sessions):
-            sessions.append(session(number, config, args))
-            print(f"session {number + 1} of {args.sessions}", file=sys.stderr)
-    table = {clock: ratios(sessions, clock) for clock in ("wall", "cpu")}
+        restarts = []
+        for number in range(args.restarts):
+            restarts.append(restart(number, config, args))
+            print(f"restart {number + 1} of {args.restarts}", file=sys.stderr)
+    table = {clock: ratios(restarts, clock) for clock in ("wall", "cpu")}
     print(f"{'ratio of tokens/s':28} {'lowest':>8} {'median':>8} {'highest':>8}")
     for clock, rows in table.items():
         for name, (low, middle, high) in rows.items():
@@ -209,13 +209,13 @@ def main() -> None:
         "benchmark": "engine_throughput",
         "model": Path(args.model).name,
         "neurons": len(circuit),
-        "sessions": args.sessions,
+        "restarts": args.restarts,
         "rounds": args.rounds,
         "batch": args.batch,
         "tokens": args.tokens,
         "compiled": args.compiled,
         "stock_tokens_per_second": round(
-            statistics.median(r[STOCK]["wall"] for rounds in sessions for r in rounds), 1
+            statistics.median(r[STOCK]["wall"] for rounds in restarts for r in rounds), 1
         ),
         "ratios": table,
         **provenance(),

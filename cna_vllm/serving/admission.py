@@ -58,7 +58,7 @@ class Admission:
         if resumable:
             raise SteeringError(
                 FIELD_CIRCUIT,
-                "streaming input sessions cannot be steered or recorded, since their prompt "
+                "streaming inputs cannot be steered or recorded, since their prompt "
                 "length changes; send the whole prompt at once",
             )
         if recorded:

