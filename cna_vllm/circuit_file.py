@@ -21,7 +21,7 @@ _MAX_INT_DIGITS = 9  # of a layer or an index: above every limit, and cheap to p
 
 
 def read_json(path: str | os.PathLike[str], max_bytes: int) -> Any:
-    """Decodes a UTF-8 JSON file of at most `max_bytes`; duplicate keys and NaN are refused."""
+    """`parse_json` of a file of at most `max_bytes`."""
     try:
         with open(path, "rb") as handle:
             raw = handle.read(max_bytes + 1)
@@ -30,6 +30,11 @@ def read_json(path: str | os.PathLike[str], max_bytes: int) -> Any:
         raise CircuitError(f"cannot be read: {reason or error}") from error
     if len(raw) > max_bytes:
         raise CircuitError(f"is larger than {max_bytes} bytes; this is not a circuit file")
+    return parse_json(raw)
+
+
+def parse_json(raw: bytes) -> Any:
+    """Decodes UTF-8 JSON; duplicate keys and NaN are refused."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:

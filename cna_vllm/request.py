@@ -29,7 +29,7 @@ DEFAULT_SCOPE = "last"
 MAX_NAME_LENGTH = 128
 FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 
-_FIELDS = (FIELD_CIRCUIT, FIELD_MULTIPLIER, FIELD_SCOPE)
+FIELDS = (FIELD_CIRCUIT, FIELD_MULTIPLIER, FIELD_SCOPE)
 
 
 class SteeringError(ValueError):
@@ -109,7 +109,7 @@ class CircuitRequest:
         if not mine:
             return None
         for name in mine:
-            if name not in _FIELDS:
+            if name not in FIELDS:
                 raise SteeringError(name, _unknown(name))
         for name, other in ((FIELD_CIRCUIT, FIELD_MULTIPLIER), (FIELD_MULTIPLIER, FIELD_CIRCUIT)):
             if name not in mine:
@@ -203,8 +203,8 @@ def _is_mine(key: object) -> bool:
 def _unknown(name: str) -> str:
     if name in (RESOLVED_FIELD, FIELD_RECORD):
         return "is set by the server only; remove it"
-    close = difflib.get_close_matches(name[:MAX_NAME_LENGTH], _FIELDS, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(_FIELDS)}"
+    close = difflib.get_close_matches(name[:MAX_NAME_LENGTH], FIELDS, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(FIELDS)}"
     return f"unknown field; {hint}"
 
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "inspect": "show where a circuit lies and what its neurons write",
     "compare": "show what two circuits share",
     "generate": "answer every prompt under every multiplier",
+    "serve": "vLLM's OpenAI server, with circuits and adapters",
     "bake": "write a checkpoint with a circuit in effect, for engines without the plugin",
     "demo": "the whole story on a small real model",
 }

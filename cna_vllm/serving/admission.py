@@ -34,12 +34,38 @@ def refuse_without_config(extra_args: Mapping[str, Any] | None) -> None:
         )
 
 
+class AdmittedSteering(dict[str, Any]):
+    """The resolved form of a request's steering. Only admission makes one: what a client sends is
+    never of this type."""
+
+
+def is_forged(extra_args: Mapping[str, Any]) -> bool:
+    """Whether a resolved form is there that admission did not make."""
+    resolved = extra_args.get(RESOLVED_FIELD)
+    return resolved is not None and not isinstance(resolved, AdmittedSteering)
+
+
+def admit_or_refuse(
+    gate: Admission | None, extra_args: Mapping[str, Any], *, resumable: bool = False
+) -> dict[str, Any] | None:
+    """``gate.admit``; for engines started without a ``cna`` key, SteeringError for any field."""
+    if gate is None:
+        refuse_without_config(extra_args)
+        return dict(extra_args)
+    return gate.admit(extra_args, resumable=resumable)
+
+
 class Admission:
-    """Validates steering fields against one engine's configuration and registry."""
+    """Validates steering fields against one engine's configuration and registry.
+
+    Raises SteeringError when a registered adapter could not be admitted.
+    """
 
     def __init__(self, config: CnaConfig, registry: CircuitRegistry) -> None:
         self.config = config
         self.registry = registry
+        for adapter in registry.names().adapters.values():
+            self.admit(adapter.fields)
 
     def admit(
         self, extra_args: Mapping[str, Any] | None, *, resumable: bool = False
@@ -51,6 +77,8 @@ class Admission:
         """
         if extra_args is None or not has_fields(extra_args):
             return None if extra_args is None else dict(extra_args)
+        if isinstance(extra_args.get(RESOLVED_FIELD), AdmittedSteering) and not resumable:
+            return dict(extra_args)  # admitted before, when the server chose the model
         others = {k: v for k, v in extra_args.items() if not str(k).startswith(FIELD_PREFIX)}
         ours = {k: v for k, v in extra_args.items() if str(k).startswith(FIELD_PREFIX)}
         recorded = FIELD_RECORD in ours
@@ -72,7 +100,7 @@ class Admission:
         if request is not None:
             steering = resolve(request, self.registry.digest)
             if steering is not None:
-                others[RESOLVED_FIELD] = steering.to_field()
+                others[RESOLVED_FIELD] = AdmittedSteering(steering.to_field())
         return others
 
     def _recording_group(self, group: Any, other_fields: Mapping[str, Any]) -> str:

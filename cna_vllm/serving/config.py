@@ -25,6 +25,12 @@ class CnaConfig:
     max_circuits_per_request: how many circuits one request may combine.
     max_multiplier: largest accepted |multiplier|.
     record: also keep activations of requests that ask for it (discovery).
+    adapters: name -> {"circuit": ..., "multiplier": ..., "scope": ..., "lora": ...}: steering that
+        a request gets by naming it as its model.
+    circuit_dir: folder from which circuits may be loaded over HTTP; None: no run-time control.
+    registry_dir: folder that keeps what was loaded at run time, across restarts and for all API
+        server processes.
+    max_neurons, max_file_bytes: limits of a circuit that is loaded over HTTP.
     digests: name -> content digest seen by the front end; workers refuse other content.
     """
 
@@ -33,6 +39,11 @@ class CnaConfig:
     max_circuits_per_request: int = 4
     max_multiplier: float = 1000.0
     record: bool = False
+    adapters: Mapping[str, Any] = field(default_factory=dict)
+    circuit_dir: str | None = None
+    registry_dir: str | None = None
+    max_neurons: int = 1_000_000
+    max_file_bytes: int = 16 * 2**20
     digests: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -57,7 +68,7 @@ class CnaConfig:
                     f"known keys: {', '.join(sorted(known - {'digests'}))}"
                 )
         config = cls(**{**section, "circuits": _circuits(section.get("circuits", {}))})
-        for name in ("max_circuits", "max_circuits_per_request"):
+        for name in ("max_circuits", "max_circuits_per_request", "max_neurons", "max_file_bytes"):
             value = getattr(config, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise CnaConfigError(f"cna.{name} must be a whole number of at least 1")
@@ -66,6 +77,14 @@ class CnaConfig:
             raise CnaConfigError("cna.max_multiplier must be a number above 0 and up to 1e6")
         if not isinstance(config.digests, Mapping):
             raise CnaConfigError("cna.digests is set by the engine itself; remove it")
+        if not isinstance(config.adapters, Mapping):
+            raise CnaConfigError("cna.adapters must map names to objects")
+        for name in config.adapters:
+            check_name(name)
+        for name in ("circuit_dir", "registry_dir"):
+            folder = getattr(config, name)
+            if folder is not None and not (isinstance(folder, str) and os.path.isabs(folder)):
+                raise CnaConfigError(f"cna.{name} must be the absolute path of a folder")
         if not isinstance(config.record, bool):
             raise CnaConfigError("cna.record must be true or false")
         if len(config.circuits) > config.max_circuits:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cna_vllm.circuit import Circuit
-from cna_vllm.serving.config import check_name
-from cna_vllm.serving.seams import admission_of
+from cna_vllm.serving.seams.front_end import admission_of
+from cna_vllm.serving.table import CircuitTableError
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -24,10 +24,12 @@ def load_circuit(llm: LLM, name: str, circuit: Circuit | str | Path) -> Circuit:
     """
     registry = admission_of(llm).registry
     loaded = circuit if isinstance(circuit, Circuit) else registry.load(circuit)
-    check_name(name)
+    registry.check_free(name, adapter=False)
     registry.check(loaded)
     previous = registry.circuits().get(name)
-    llm.collective_rpc("cna_load", args=(loaded.to_dict(),))
+    for report in llm.collective_rpc("cna_load", args=(loaded.to_dict(),)):
+        if report["refused"]:
+            raise CircuitTableError(report["refused"])
     registry.register(name, loaded)
     if previous is not None and previous.digest != loaded.digest:
         _retire(llm, previous)

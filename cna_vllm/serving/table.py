@@ -66,6 +66,10 @@ class CircuitTable:
             d for row, d in enumerate(self._digests) if d is not None and row not in self._retired
         )
 
+    def resident(self) -> tuple[str, ...]:
+        """All digests that have a row: the loaded ones, and retired ones not yet overwritten."""
+        return tuple(self._row_of)
+
     def load(self, circuit: Circuit, wanted: Collection[str] = ()) -> int:
         """Makes ``circuit`` resident and returns its row; loading it again is a no-op.
 

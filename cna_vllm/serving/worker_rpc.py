@@ -6,25 +6,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cna_vllm.circuit import Circuit
+from cna_vllm.circuit import Circuit, CircuitError
+from cna_vllm.serving.config import CnaConfigError
 from cna_vllm.serving.recording import Recorder
 from cna_vllm.serving.runtime import SteeringRuntime
+from cna_vllm.serving.table import CircuitTableError
 
 
 def _runtime(worker: Any) -> SteeringRuntime:
-    from cna_vllm.serving.seams import runtime_of
+    from cna_vllm.serving.seams.worker import runtime_of
 
     return runtime_of(worker)
 
 
-def cna_load(worker: Any, circuit: Mapping[str, Any], wanted: Sequence[str] = ()) -> str:
-    """Makes a circuit, given as its file's object, resident; returns its digest.
+def cna_load(worker: Any, circuit: Mapping[str, Any], wanted: Sequence[str] = ()) -> dict[str, Any]:
+    """Makes a circuit, given as its file's object, resident.
 
     wanted: digests of all requests that the engine has not finished; the engine's core adds it.
+    Returns all digests that are resident then, and why the circuit was refused, if it was: an
+    exception here would be the engine's, not the caller's.
     """
-    loaded = Circuit.from_dict(dict(circuit))
-    _runtime(worker).load(loaded, wanted)
-    return loaded.digest
+    refused = None
+    try:
+        _runtime(worker).load(Circuit.from_dict(dict(circuit)), wanted)
+    except (CircuitError, CircuitTableError, CnaConfigError) as error:
+        refused = str(error)
+    return {"resident": list(_runtime(worker).table.resident()), "refused": refused}
 
 
 def cna_unload(worker: Any, digest: str) -> bool:

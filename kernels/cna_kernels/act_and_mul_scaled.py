@@ -16,8 +16,9 @@ One program computes BLOCK channels of one row as a tile [BLOCK / 8, 8]:
 * The grid is fixed by the shape of x and nothing is allocated but the output, so a launch can be
   captured in a CUDA graph and routing may change between replays.
 
-Rounding is that of eager torch: act in float32, rounded; product in float32, rounded; product
-with the factor in float32, rounded. Contraction into fused multiply-adds is off, so that a
+Rounding is that of eager torch: act, rounded to the dtype (correctly, see
+``triton_activations``); product in float32, rounded; product with the factor in float32, rounded.
+Contraction into fused multiply-adds is off, so that a
 float32 result does not depend on what a compiler version chooses to fuse.
 """
 
@@ -28,27 +29,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cna_kernels.triton_activations import activate
+
 INTERPRETED: Final = bool(triton.knobs.runtime.interpret)
 """Whether ``triton.jit`` below made interpreted kernels, which also run on CPU tensors."""
 
 BLOCK: Final = 1024
 NUM_WARPS: Final = 4 if torch.version.hip is None else 2
-
-
-@triton.jit
-def _activate(gate, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
-    if ACTIVATION == "silu":
-        result = tl.div_rn(gate, 1.0 + tl.exp(-gate))
-    elif ACTIVATION == "gelu_tanh":
-        # tanh(u) = 2 / (1 + exp(-2 u)) - 1, rounded as tanh is: eager torch loses the same bits
-        # of a negative gate in 1 + tanh(u).
-        u = 0.7978845608028654 * (gate + 0.044715 * (gate * gate * gate))
-        tanh = tl.div_rn(tl.full(gate.shape, 2.0, tl.float32), 1.0 + tl.exp(-2.0 * u)) - 1.0
-        result = 0.5 * gate * (1.0 + tanh)
-    else:
-        tl.static_assert(ACTIVATION == "gelu", "unknown activation")
-        result = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    return result
 
 
 # The steering operands are read by the byte or the word: their alignment must not select
@@ -85,7 +72,7 @@ def act_and_mul_scaled_kernel(  # type: ignore[no-untyped-def]
     x_row = x_ptr + row * x_row_stride
     gate = tl.load(x_row + channel, mask=live, other=0.0)
     up = tl.load(x_row + size + channel, mask=live, other=0.0)
-    act = _activate(gate.to(tl.float32), ACTIVATION).to(gate.dtype)
+    act = activate(gate, ACTIVATION)
     out = (act.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
 
     if arm >= 0:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eager gate activations by name.
 
-To add one: an entry in ``EAGER``, and a branch of ``_activate`` in
-``act_and_mul_scaled.py``.
+To add one: entries in ``EAGER`` and ``ACCURATE``, and a branch of ``_plain`` in
+``triton_activations.py``.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -24,6 +25,20 @@ EAGER: Final[Mapping[str, Callable[[Tensor], Tensor]]] = MappingProxyType(
     }
 )
 """Computed in float32 and rounded once to the dtype of the argument."""
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * torch.special.erfc(-x / math.sqrt(2))
+
+
+ACCURATE: Final[Mapping[str, Callable[[Tensor], Tensor]]] = MappingProxyType(
+    {"silu": lambda x: x * torch.sigmoid(x), "gelu_tanh": _gelu_tanh, "gelu": _gelu}
+)
+"""The same functions of float64 arguments, in forms that do not cancel."""
 
 
 def eager_activation(name: str) -> Callable[[Tensor], Tensor]:

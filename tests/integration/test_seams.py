@@ -12,7 +12,7 @@ import pytest
 import vllm
 
 from cna_vllm.serving import plugin
-from cna_vllm.serving.seams import wrap
+from cna_vllm.serving.seams.wrapping import wrap
 
 
 def parameters(function: object) -> list[str]:

@@ -70,7 +70,9 @@ def test_nvidia(
     usage = disassemble("cuobjdump", "-res-usage", str(cubin))
     assert re.findall(r"(STACK|LOCAL):(\d+)", usage) == [("STACK", "0"), ("LOCAL", "0")]
     registers = re.findall(r"REG:(\d+)", usage)
-    assert int(registers[0]) <= 64  # 8 blocks of 128 threads fill half of an SM's 2048 threads
+    # Of 65,536 registers: 8 blocks of 128 threads, 5, and 4 where float64 enters.
+    narrow = {"bf16": 64, "fp16": 96 if activation == "silu" else 128, "fp32": 128}
+    assert int(registers[0]) <= narrow[dtype]
 
     assembly = disassemble("nvdisasm", "-c", str(cubin))
     assert len(re.findall(r"\bLDG\.E\.128\b", assembly)) == 2 * accesses  # gate and up

@@ -34,3 +34,9 @@ def report() -> dict[str, Any]:
 @pytest.mark.parametrize("name", [case.name for case in interpreter_worker.CASES])
 def test_kernel(report: dict[str, Any], name: str) -> None:
     assert name not in report["failures"], report["failures"][name]
+
+
+@pytest.mark.parametrize(("dtype", "activation"), interpreter_worker.EVERY_GATE)
+def test_every_gate(report: dict[str, Any], dtype: Any, activation: str) -> None:
+    name = f"every-gate-{dtype}-{activation}"
+    assert name not in report["failures"], report["failures"][name]

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`cna-vllm serve`: vLLM's own OpenAI server, with circuits and adapters."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cna_vllm.circuit import Circuit, CircuitError
+from cna_vllm.circuit_file import read_json
+from cna_vllm.cli.options import OptionParser, UsageError, load_circuits, positive_int
+from cna_vllm.models import resolve_model
+from cna_vllm.serving.adapter import Adapter
+
+ADAPTERS_FILE = "adapters.json"
+_MAX_ADAPTERS_BYTES = 2**24
+
+
+def run(argv: list[str]) -> int:
+    options, rest = _parser().split(argv)
+    section = cna_section(options)
+    args = _server_args(rest)
+    given = dict(args.additional_config or {})
+    given["cna"] = {**given.get("cna", {}), **section}
+    args.additional_config = given
+    os.environ["VLLM_PLUGINS"] = plugins_with_ours(os.environ.get("VLLM_PLUGINS"))
+
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    serve = ServeSubcommand()
+    serve.validate(args)
+    serve.cmd(args)
+    return 0
+
+
+def cna_section(options: argparse.Namespace) -> dict[str, Any]:
+    """Our section of `additional_config`; all files are read, so that mistakes are told at once.
+
+    Raises:
+        UsageError, CircuitError, SteeringError: with the flag or the file.
+    """
+    circuits = {name: str(path) for name, (path, _) in load_circuits(options.circuit).items()}
+    adapters: dict[str, Any] = {}
+    if options.circuits is not None:
+        folder_circuits, adapters = _folder(Path(options.circuits))
+        for name, path in folder_circuits.items():
+            if name in circuits:
+                raise UsageError(f"--circuit {name!r}: the folder {options.circuits} has one too")
+            circuits[name] = path
+    for argument in options.adapter:
+        name, separator, text = argument.partition("=")
+        if not (name and separator and text):
+            raise UsageError(f"--adapter {argument!r}: write it as NAME=CIRCUIT@M[:SCOPE]")
+        if name in adapters:
+            raise UsageError(f"--adapter: the name {name!r} is given twice")
+        adapters[name] = Adapter.parse(text).to_dict()
+    section: dict[str, Any] = {"circuits": circuits, "adapters": adapters}
+    for key in ("circuit_dir", "registry_dir"):
+        if (folder := getattr(options, key)) is not None:
+            if key == "circuit_dir" and not Path(folder).is_dir():
+                raise UsageError(f"--circuit-dir {folder}: is not a folder")
+            section[key] = str(Path(folder).resolve())
+    if options.registry_dir is not None and options.circuit_dir is None:
+        raise UsageError("--registry-dir keeps what is loaded at run time; add --circuit-dir")
+    for key in ("max_circuits", "max_circuits_per_request", "max_multiplier", "max_neurons"):
+        if (value := getattr(options, key)) is not None:
+            section[key] = value
+    return section
+
+
+def plugins_with_ours(allowed: str | None) -> str:
+    """The value of `VLLM_PLUGINS` under which our routes load, and whatever loaded before.
+
+    Unset, vLLM loads all plugins but those with routes; set, it loads those that are named.
+    """
+    from importlib.metadata import entry_points
+
+    if allowed is not None:
+        names = [name for name in allowed.split(",") if name]
+    else:
+        groups = [g for g in entry_points().groups if g.startswith("vllm.") and "plugins" in g]
+        names = sorted(
+            {e.name for g in groups if g != "vllm.endpoint_plugins" for e in entry_points(group=g)}
+        )
+    return ",".join(dict.fromkeys([*names, "cna"]))
+
+
+def _folder(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """`NAME.json` is the circuit NAME; `adapters.json` maps names to adapters."""
+    if not folder.is_dir():
+        raise UsageError(f"--circuits {folder}: is not a folder")
+    circuits, adapters = {}, {}
+    for path in sorted(folder.glob("*.json")):
+        if path.name == ADAPTERS_FILE:
+            try:
+                found = read_json(path, _MAX_ADAPTERS_BYTES)
+            except CircuitError as error:
+                raise UsageError(f"{path}: {error}") from error
+            if not isinstance(found, Mapping):
+                raise UsageError(f"{path}: must map names to adapters")
+            adapters = {name: Adapter.from_dict(value).to_dict() for name, value in found.items()}
+        else:
+            Circuit.load(path)
+            circuits[path.stem] = str(path.resolve())
+    return circuits, adapters
+
+
+def _server_args(argv: Sequence[str]) -> argparse.Namespace:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.platforms import current_platform
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class ServerParser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(f"{message}; see cna-vllm serve --help")
+
+    parser = make_arg_parser(ServerParser(prog="cna-vllm serve"))
+    if current_platform.is_cpu():
+        # As for the other commands; see cli/engine_args.py.
+        parser.set_defaults(enforce_eager=True, gpu_memory_utilization=0.5)
+    args: argparse.Namespace = parser.parse_args(list(argv))
+    model = args.model_tag or args.model
+    resolved = resolve_model(model)
+    if resolved != model and args.served_model_name is None:
+        args.served_model_name = [model]
+    args.model = args.model_tag = resolved
+    return args
+
+
+def _parser() -> OptionParser:
+    parser = OptionParser("serve", "vLLM's OpenAI server, with circuits.", model="MODEL")
+    parser.add_argument(
+        "--circuit", action="append", default=[], metavar="NAME=C.json", help="may be repeated"
+    )
+    parser.add_argument(
+        "--circuits",
+        metavar="DIR",
+        help=f"every NAME.json in DIR; {ADAPTERS_FILE} there maps names to adapters",
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=CIRCUIT@M[:SCOPE]",
+        help="a model name that is steered; several circuits are joined with +; may be repeated",
+    )
+    parser.add_argument(
+        "--circuit-dir",
+        metavar="DIR",
+        help="allow circuits to be loaded over HTTP, from files in this folder only",
+    )
+    parser.add_argument(
+        "--registry-dir",
+        metavar="DIR",
+        help="keep what was loaded over HTTP here, across restarts and for all API servers",
+    )
+    parser.add_argument("--max-circuits", type=positive_int, metavar="N", help="default: 128")
+    parser.add_argument(
+        "--max-circuits-per-request", type=positive_int, metavar="N", help="default: 4"
+    )
+    parser.add_argument("--max-multiplier", type=float, metavar="M", help="default: 1000")
+    parser.add_argument(
+        "--max-neurons", type=positive_int, metavar="N", help="of a circuit loaded over HTTP"
+    )
+    return parser

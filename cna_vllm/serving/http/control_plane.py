@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading and unloading while serving: one change at a time, on every worker and API server.
+
+A change is made in this order, under the registry directory's lock: validate; make the content
+resident on the workers; write the registry; answer. So whatever was acknowledged is on disk, a
+name never stands for content that a worker lacks, and a crash in between costs at most a row of
+the resident table until the next start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from cna_vllm.circuit import Circuit, CircuitError, show
+from cna_vllm.circuit_file import parse_json
+from cna_vllm.request import FIELD_CIRCUIT, SteeringError
+from cna_vllm.serving.adapter import Adapter
+from cna_vllm.serving.admission import Admission
+from cna_vllm.serving.beneath import PathError, read_beneath
+from cna_vllm.serving.config import CnaConfigError
+from cna_vllm.serving.metrics import control_metrics
+from cna_vllm.serving.registry import Names
+
+logger = logging.getLogger("vllm.cna")
+T = TypeVar("T")
+
+
+class ControlError(Exception):
+    """A change that was refused; nothing has changed.
+
+    Attributes:
+        field: the field of the request at fault.
+        status: the HTTP status, a 4xx.
+    """
+
+    def __init__(self, field: str, problem: str, status: int = 400) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.status = status
+
+
+class ControlPlane:
+    """The circuits and adapters of one API server process.
+
+    engine_client: vLLM's, for its ``collective_rpc``. models: vLLM's ``OpenAIServingModels``, for
+    the names of models and LoRA adapters.
+    """
+
+    def __init__(self, engine_client: Any, models: Any, gate: Admission) -> None:
+        self._engine = engine_client
+        self._models = models
+        self._gate = gate
+        self._registry = gate.registry
+        self._turn = asyncio.Lock()
+
+    async def load_circuit(self, name: str, path: str, *, load_inplace: bool = False) -> Circuit:
+        """Makes ``name`` stand for the circuit file at ``path`` in the operator's folder."""
+        started = time.monotonic()
+        async with self._change("load_circuit", circuit=name):
+            self._check_name(name, adapter=False)
+            previous = self._registry.circuits().get(name)
+            if previous is not None and not load_inplace:
+                raise ControlError(
+                    "circuit_name",
+                    f"{show(name)} is loaded already; set load_inplace to replace it",
+                )
+            circuit = await asyncio.to_thread(self._read, path)
+            await self._make_resident(circuit)
+            self._registry.register(name, circuit)
+            await self._persist(circuit)
+            if previous is not None:
+                await self._retire(previous)
+        control_metrics().load_seconds.observe(time.monotonic() - started)
+        return circuit
+
+    async def unload_circuit(self, name: str) -> Circuit:
+        """Forgets a circuit; running requests finish on it."""
+        async with self._change("unload_circuit", circuit=name):
+            self._check_pinned(name, "circuit_name")
+            if name not in self._registry.circuits():
+                raise ControlError("circuit_name", f"no circuit is named {show(name)}", 404)
+            circuit = _told("circuit_name", lambda: self._registry.unregister(name))
+            await self._persist()
+            await self._retire(circuit)
+        return circuit
+
+    async def load_adapter(
+        self, name: str, adapter: dict[str, Any], *, load_inplace: bool = False
+    ) -> Adapter:
+        """Makes ``name`` a model that is steered."""
+        async with self._change("load_adapter", adapter=name):
+            self._check_name(name, adapter=True)
+            if self._registry.adapter(name) is not None and not load_inplace:
+                raise ControlError(
+                    "adapter_name",
+                    f"{show(name)} is loaded already; set load_inplace to replace it",
+                )
+            loaded = _told("adapter_name", lambda: Adapter.from_dict(adapter))
+            _told("adapter_name", lambda: self._gate.admit(loaded.fields))
+            if loaded.lora is not None and loaded.lora not in self._models.lora_requests:
+                raise ControlError("lora", f"no LoRA adapter is named {show(loaded.lora)}", 404)
+            self._registry.register_adapter(name, loaded)
+            await self._persist()
+        return loaded
+
+    async def unload_adapter(self, name: str) -> Adapter:
+        """Forgets an adapter; running requests finish on it."""
+        async with self._change("unload_adapter", adapter=name):
+            self._check_pinned(name, "adapter_name")
+            if self._registry.adapter(name) is None:
+                raise ControlError("adapter_name", f"no adapter is named {show(name)}", 404)
+            adapter = _told("adapter_name", lambda: self._registry.unregister_adapter(name))
+            await self._persist()
+        return adapter
+
+    async def reconcile(self) -> None:
+        """Once per start: workers hold what the registry names, and nothing else."""
+        async with self._change("start"):
+            wanted = {c.digest: c for c in self._registry.circuits().values()}
+            resident: set[str] = set((await self._rpc("cna_status"))[0]["circuits"])
+            for digest in sorted(resident - set(wanted)):
+                await self._rpc("cna_unload", digest)
+            for digest in sorted(set(wanted) - resident):
+                await self._make_resident(wanted[digest])
+
+    async def names(self) -> tuple[Names, frozenset[str]]:
+        """All names now, and which of them are pinned."""
+        return _told("circuit_name", self._registry.names), self._registry.pinned
+
+    async def circuit(self, name: str) -> tuple[str, Circuit, bool]:
+        """One circuit by name, and whether it is pinned."""
+        circuit = (await self.names())[0].circuits.get(name)
+        if circuit is None:
+            raise ControlError("circuit_name", f"no circuit is named {show(name)}", 404)
+        return name, circuit, name in self._registry.pinned
+
+    async def status(self) -> list[dict[str, Any]]:
+        """One report per worker."""
+        return await self._rpc("cna_status")
+
+    @asynccontextmanager
+    async def _change(self, action: str, **names: str) -> AsyncIterator[None]:
+        """One change of one process at a time; what is refused leaves everything as it was."""
+        subject = " ".join(f"{key}={value!r}" for key, value in names.items())
+        store = self._registry.store
+        lock = nullcontext() if store is None else store.locked()
+        outcome = "failed"
+        try:
+            async with self._turn:
+                await asyncio.to_thread(lock.__enter__)
+                try:
+                    self._registry.names()  # what others wrote before it was our turn
+                    yield
+                finally:
+                    await asyncio.to_thread(lock.__exit__, None, None, None)
+            outcome = "done"
+        except (ControlError, SteeringError) as error:
+            outcome = "refused"
+            logger.warning(
+                "cna action=%s %s outcome=refused reason=%r", action, subject, str(error)
+            )
+            if isinstance(error, SteeringError):
+                raise ControlError(error.field, error.problem) from error
+            raise
+        finally:
+            control_metrics().actions.labels(action=action, outcome=outcome).inc()
+        logger.info("cna action=%s %s outcome=done", action, subject)
+
+    def _read(self, path: str) -> Circuit:
+        config, served = self._gate.config, self._registry.served
+        if config.circuit_dir is None:
+            raise ControlError(
+                "circuit_path", "this server loads no circuits; its operator sets circuit_dir", 403
+            )
+        try:
+            raw = read_beneath(config.circuit_dir, path, config.max_file_bytes)
+            circuit = Circuit.from_dict(parse_json(raw), **asdict(served))
+            self._registry.check(circuit)
+        except (PathError, CircuitError) as error:
+            raise ControlError("circuit_path", str(error)) from error
+        if len(circuit) > config.max_neurons:
+            raise ControlError(
+                "circuit_path",
+                f"the circuit has {len(circuit)} neurons, over the server's limit of "
+                f"{config.max_neurons}",
+            )
+        return circuit
+
+    def _check_name(self, name: str, *, adapter: bool) -> None:
+        field = "adapter_name" if adapter else "circuit_name"
+        self._check_pinned(name, field)
+        _told(field, lambda: self._registry.check_free(name, adapter=adapter))
+        if self._models.is_base_model(name) or name in self._models.lora_requests:
+            raise ControlError(field, f"{show(name)} is the name of a model or of a LoRA adapter")
+
+    def _check_pinned(self, name: str, field: str) -> None:
+        if name in self._registry.pinned:
+            raise ControlError(
+                field, f"{show(name)} was given when the server started and cannot be changed"
+            )
+
+    async def _make_resident(self, circuit: Circuit) -> None:
+        for report in await self._rpc("cna_load", circuit.to_dict()):
+            if report["refused"]:
+                raise ControlError(FIELD_CIRCUIT, report["refused"], 409)
+
+    async def _persist(self, circuit: Circuit | None = None) -> None:
+        store = self._registry.store
+        if store is None:
+            return
+
+        def write() -> None:
+            if circuit is not None:
+                store.save_circuit(circuit)
+            store.write(self._registry.stored())
+
+        try:
+            await asyncio.to_thread(write)
+        except OSError:
+            self._registry.refresh()  # back to what is on disk: it was not acknowledged
+            raise
+
+    async def _retire(self, circuit: Circuit) -> None:
+        if circuit.digest not in self._registry.names().digests():
+            await self._rpc("cna_unload", circuit.digest)
+
+    async def _rpc(self, method: str, *args: Any) -> Any:
+        return await self._engine.collective_rpc(method, args=args)
+
+
+def _told(field: str, act: Callable[[], T]) -> T:
+    """``act()``, with what it refuses told of ``field``."""
+    try:
+        return act()
+    except SteeringError as error:
+        raise ControlError(error.field, error.problem) from error
+    except CnaConfigError as error:
+        raise ControlError(field, str(error)) from error

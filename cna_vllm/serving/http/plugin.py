@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of ``vllm.endpoint_plugins``: routes beside vLLM's own, behind the same API key.
+
+vLLM attaches them only where ``VLLM_PLUGINS`` names ``cna``, and loading is refused where the
+operator named no ``circuit_dir``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.datastructures import State
+
+logger = logging.getLogger("vllm.cna")
+STATUS_SECONDS = 5.0
+
+
+class CnaEndpoints:
+    """What vLLM asks of an endpoint plugin."""
+
+    name = "cna"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Adds the routes; they answer once ``init_state`` has run."""
+        from cna_vllm.serving.http.routes import router
+
+        app.include_router(router)
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        """Brings the workers in line with the registry, and starts to read their counters.
+
+        Raises CnaConfigError for a configuration that cannot be kept atomic.
+        """
+        from cna_vllm.serving.config import CnaConfigError
+        from cna_vllm.serving.http.control_plane import ControlPlane
+
+        gate = getattr(engine_client.input_processor, "cna_admission", None)
+        state.cna_control = None
+        if gate is None:
+            return
+        servers = engine_client.vllm_config.parallel_config._api_process_count
+        if servers > 1 and gate.config.circuit_dir and gate.config.registry_dir is None:
+            raise CnaConfigError(
+                f"{servers} API server processes that load circuits need cna.registry_dir, a "
+                "folder that they share"
+            )
+        control = ControlPlane(engine_client, state.openai_serving_models, gate)
+        await control.reconcile()
+        state.cna_control = control
+        # Kept by the state: a task that nothing refers to may vanish.
+        state.cna_status_task = asyncio.create_task(_read_counters(control, gate))
+
+
+async def _read_counters(control: Any, gate: Any) -> None:
+    """Until the server ends: workers count in their own processes, Prometheus asks this one."""
+    from cna_vllm.serving.metrics import control_metrics
+
+    while True:
+        await asyncio.sleep(STATUS_SECONDS)
+        try:
+            report = (await control.status())[0]
+            names = {c.digest: name for name, c in gate.registry.circuits().items()}
+        except Exception as error:
+            # The engine is ending or a change is half made: the next look tells.
+            logger.warning("cna action=status outcome=failed reason=%r", str(error))
+            continue
+        control_metrics().take_status(report, names)

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routes: named after vLLM's LoRA endpoints, under ``/v1`` and so behind its API key."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+
+from cna_vllm.circuit import Circuit
+from cna_vllm.request import DEFAULT_SCOPE
+from cna_vllm.serving.adapter import Adapter
+from cna_vllm.serving.http.control_plane import ControlError, ControlPlane
+
+router = APIRouter()
+T = TypeVar("T")
+Number = StrictInt | StrictFloat
+Name = Annotated[StrictStr, Field(min_length=1, max_length=128)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class LoadCircuit(_Body):
+    """circuit_path is relative to the operator's circuit folder."""
+
+    circuit_name: Name
+    circuit_path: Annotated[StrictStr, Field(min_length=1, max_length=1024)]
+    load_inplace: StrictBool = False
+
+
+class UnloadCircuit(_Body):
+    circuit_name: Name
+
+
+class LoadAdapter(_Body):
+    """One circuit and multiplier, or lists of equal length."""
+
+    adapter_name: Name
+    circuit: Name | Annotated[list[Name], Field(max_length=1024)] | None = None
+    multiplier: Number | Annotated[list[Number], Field(max_length=1024)] | None = None
+    vector: Name | Annotated[list[Name], Field(max_length=1024)] | None = None
+    coefficient: Number | Annotated[list[Number], Field(max_length=1024)] | None = None
+    scope: Name = DEFAULT_SCOPE
+    lora: Name | None = None
+    load_inplace: StrictBool = False
+
+
+class UnloadAdapter(_Body):
+    adapter_name: Name
+
+
+@router.post("/v1/load_cna_circuit")
+async def load_circuit(body: LoadCircuit, request: Request) -> JSONResponse:
+    return await _answer(
+        request,
+        lambda control: control.load_circuit(
+            body.circuit_name, body.circuit_path, load_inplace=body.load_inplace
+        ),
+        lambda circuit: describe_circuit(body.circuit_name, circuit, pinned=False),
+    )
+
+
+@router.post("/v1/unload_cna_circuit")
+async def unload_circuit(body: UnloadCircuit, request: Request) -> JSONResponse:
+    return await _answer(
+        request,
+        lambda control: control.unload_circuit(body.circuit_name),
+        lambda _: {"id": body.circuit_name, "object": "cna.circuit", "deleted": True},
+    )
+
+
+@router.post("/v1/load_cna_adapter")
+async def load_adapter(body: LoadAdapter, request: Request) -> JSONResponse:
+    fields = body.model_dump(exclude={"adapter_name", "load_inplace"}, exclude_none=True)
+    return await _answer(
+        request,
+        lambda control: control.load_adapter(
+            body.adapter_name, fields, load_inplace=body.load_inplace
+        ),
+        lambda adapter: describe_adapter(body.adapter_name, adapter, pinned=False),
+    )
+
+
+@router.post("/v1/unload_cna_adapter")
+async def unload_adapter(body: UnloadAdapter, request: Request) -> JSONResponse:
+    return await _answer(
+        request,
+        lambda control: control.unload_adapter(body.adapter_name),
+        lambda _: {"id": body.adapter_name, "object": "cna.adapter", "deleted": True},
+    )
+
+
+@router.get("/v1/cna_circuits")
+async def list_circuits(request: Request) -> JSONResponse:
+    return await _answer(
+        request,
+        lambda control: control.names(),
+        lambda names: _list(
+            describe_circuit(name, circuit, pinned=name in names[1])
+            for name, circuit in sorted(names[0].circuits.items())
+        ),
+    )
+
+
+@router.get("/v1/cna_circuits/{name:path}")
+async def inspect_circuit(name: str, request: Request) -> JSONResponse:
+    return await _answer(request, lambda control: control.circuit(name), inspect)
+
+
+@router.get("/v1/cna_adapters")
+async def list_adapters(request: Request) -> JSONResponse:
+    return await _answer(
+        request,
+        lambda control: control.names(),
+        lambda names: _list(
+            describe_adapter(name, adapter, pinned=name in names[1])
+            for name, adapter in sorted(names[0].adapters.items())
+        ),
+    )
+
+
+def describe_circuit(name: str, circuit: Circuit, *, pinned: bool) -> dict[str, Any]:
+    """One entry of the list; pinned: given at start, so not to be changed."""
+    return {
+        "id": name,
+        "object": "cna.circuit",
+        "digest": circuit.digest,
+        "neurons": len(circuit),
+        "model": circuit.model,
+        "created": circuit.created,
+        "pinned": pinned,
+    }
+
+
+def describe_adapter(name: str, adapter: Adapter, *, pinned: bool) -> dict[str, Any]:
+    """One entry of the list."""
+    return {"id": name, "object": "cna.adapter", **adapter.to_dict(), "pinned": pinned}
+
+
+def inspect(found: tuple[str, Circuit, bool]) -> dict[str, Any]:
+    """A circuit's entry with its provenance, layer profile and strongest neurons."""
+    name, circuit, pinned = found
+    strongest = sorted(circuit.neurons, key=lambda n: -abs(n.delta))[:20]
+    return {
+        **describe_circuit(name, circuit, pinned=pinned),
+        "architecture": circuit.architecture,
+        "num_layers": circuit.num_layers,
+        "intermediate_size": circuit.intermediate_size,
+        "method": circuit.method,
+        "prompts": circuit.prompts,
+        "neurons_by_layer": {str(k): len(v) for k, v in circuit.by_layer().items()},
+        "strongest": [{"layer": n.layer, "index": n.index, "delta": n.delta} for n in strongest],
+    }
+
+
+def _list(entries: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    return {"object": "list", "data": list(entries)}
+
+
+async def _answer(
+    request: Request,
+    act: Callable[[ControlPlane], Awaitable[T]],
+    describe: Callable[[T], dict[str, Any]],
+) -> JSONResponse:
+    control: ControlPlane | None = request.app.state.cna_control
+    if control is None:
+        return _refusal("cna", "this server was started without a cna configuration", 404)
+    try:
+        return JSONResponse(describe(await act(control)))
+    except ControlError as error:
+        return _refusal(error.field, str(error), error.status)
+
+
+def _refusal(field: str, message: str, status: int) -> JSONResponse:
+    """vLLM's own error object."""
+    kind = "NotFoundError" if status == 404 else "BadRequestError"
+    body = {"message": message, "type": kind, "param": field, "code": status}
+    return JSONResponse({"error": body}, status_code=status)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prometheus metrics beside vLLM's own, in the registry that its ``/metrics`` shows.
+
+Labels are circuits' names, which only an operator chooses, and at most ``MAX_LABELS`` of them in
+the life of a process; what comes after shares the label ``other``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from cna_vllm.request import FIELD_CIRCUIT, FIELDS, RESOLVED_FIELD, SteeringError
+from cna_vllm.serving.admission import Admission, admit_or_refuse
+
+MAX_LABELS = 200
+OTHER = "other"
+
+
+class ControlMetrics:
+    """What one API server process counts; made once a process, see ``control_metrics``."""
+
+    def __init__(self) -> None:
+        self.requests = Counter(
+            "cna:steered_requests", "Steered requests that were admitted, by circuit.", ["circuit"]
+        )
+        self.refused = Counter(
+            "cna:refused_requests", "Requests refused for their steering fields.", ["field"]
+        )
+        self.steered_tokens = Counter(
+            "cna:steered_tokens",
+            "Token rows that workers steered, by circuit (of one rank).",
+            ["circuit"],
+        )
+        self.resident = Gauge(
+            "cna:resident_circuits",
+            "Circuits that requests may use.",
+            multiprocess_mode="mostrecent",
+        )
+        self.table_bytes = Gauge(
+            "cna:table_bytes",
+            "Memory of the resident table on one rank.",
+            multiprocess_mode="mostrecent",
+        )
+        self.actions = Counter(
+            "cna:control_actions",
+            "Control actions by outcome: done, refused, failed.",
+            ["action", "outcome"],
+        )
+        self.load_seconds = Histogram(
+            "cna:circuit_load_seconds",
+            "Time to load a circuit on every worker and write it to the registry.",
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+        )
+        self._labels: set[str] = set()
+        self._counted: dict[str, int] = {}
+
+    def label(self, circuit: str) -> str:
+        """The circuit's name, or ``other`` when there have been too many."""
+        if circuit in self._labels:
+            return circuit
+        if len(self._labels) >= MAX_LABELS:
+            return OTHER
+        self._labels.add(circuit)
+        return circuit
+
+    def count_request(self, circuits: Iterable[str]) -> None:
+        """One admitted request that these circuits steer."""
+        for name in circuits:
+            self.requests.labels(circuit=self.label(name)).inc()
+
+    def take_status(self, report: Mapping[str, Any], names: Mapping[str, str]) -> None:
+        """Brings the gauges and the token counters up to one worker's report.
+
+        names: content digest -> a name that stands for it; tokens of other content are ``other``.
+        """
+        self.resident.set(len(report["circuits"]))
+        self.table_bytes.set(report["table_bytes"])
+        for digest, tokens in report["steered_tokens"].items():
+            new = tokens - self._counted.get(digest, 0)
+            if new > 0:
+                name = names.get(digest)
+                label = OTHER if name is None else self.label(name)
+                self.steered_tokens.labels(circuit=label).inc(new)
+                self._counted[digest] = tokens
+
+
+def admit_counted(
+    gate: Admission | None, extra_args: Mapping[str, Any], *, resumable: bool = False
+) -> dict[str, Any] | None:
+    """``admit_or_refuse``, counted. Raises what that raises."""
+    try:
+        admitted = admit_or_refuse(gate, extra_args, resumable=resumable)
+    except SteeringError as error:
+        # Clients choose the names of unknown fields: those share a label.
+        field = error.field if error.field in FIELDS else OTHER
+        control_metrics().refused.labels(field=field).inc()
+        raise
+    if admitted and RESOLVED_FIELD in admitted and RESOLVED_FIELD not in extra_args:
+        names = extra_args.get(FIELD_CIRCUIT, ())
+        control_metrics().count_request([names] if isinstance(names, str) else names)
+    return admitted
+
+
+@lru_cache(maxsize=1)
+def control_metrics() -> ControlMetrics:
+    """The metrics of this process: Prometheus takes each name once."""
+    return ControlMetrics()

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every reach into vLLM's internals, in one place. Supported: vLLM 0.32 and 0.33.
+
+Each seam is a wrapper that calls the original and adds one thing; without a ``cna`` key in
+``additional_config`` the wrappers of the worker and of the API server are not even installed, and
+those of the front end only refuse requests that ask for steering.
+``tests/integration/test_seams.py`` holds the contract of each seam for the installed version.
+
+``front_end``: admission; ``api_server``: adapters as models; ``engine_core``: block keys and the
+life of circuits that requests still need; ``worker``: the model and its batch.
+"""
+
+from __future__ import annotations
+
+from cna_vllm.serving.seams import engine_core, front_end, worker
+
+
+def install() -> None:
+    """Installs the seams of this process. Cheap: the worker's wait until a worker is built, the
+    API server's until its front end is."""
+    front_end.install()
+    engine_core.install()
+    worker.install()

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seams of the front end: every request passes admission before the engine sees it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from cna_vllm.request import FIELD_CIRCUIT, FIELD_RECORD, RESOLVED_FIELD, SteeringError
+from cna_vllm.serving import admission
+from cna_vllm.serving.config import CONFIG_KEY, CnaConfig, CnaConfigError
+from cna_vllm.serving.metrics import admit_counted
+from cna_vllm.serving.registry import CircuitRegistry
+from cna_vllm.serving.seams import api_server
+from cna_vllm.serving.seams.wrapping import wrap
+from cna_vllm.serving.vllm_model import refuse_unsupported, served_model
+
+ADMISSION_ATTRIBUTE = "cna_admission"
+
+
+def install() -> None:
+    """Input processors that are built from now on have an admission gate, if configured."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    wrap(InputProcessor, "__init__", _front_end_init)
+    wrap(InputProcessor, "process_inputs", _process_inputs)
+    wrap(InputProcessor, "assign_request_id", _assign_request_id)
+
+
+def _front_end_init(original: Callable[..., None]) -> Callable[..., None]:
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        config = CnaConfig.from_additional_config(vllm_config.additional_config)
+        self.cna_admission = None
+        if config is None:
+            return
+        refuse_unsupported(vllm_config)
+        registry = CircuitRegistry.from_config(config, served_model(vllm_config.model_config))
+        self.cna_admission = admission.Admission(config, registry)
+        # Workers read the same files a little later: they refuse any other content.
+        section = dict(vllm_config.additional_config[CONFIG_KEY])
+        section["digests"] = {n: registry.circuits()[n].digest for n in config.circuits}
+        vllm_config.additional_config[CONFIG_KEY] = section
+        api_server.install()
+
+    return __init__
+
+
+def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        extra_args = getattr(params, "extra_args", None)
+        if extra_args and admission.has_fields(extra_args):
+            gate: admission.Admission | None = self.cna_admission
+            resumable = bool(kwargs.get("resumable", False))
+            try:
+                admitted = admit_counted(gate, extra_args, resumable=resumable)
+            except SteeringError as error:
+                raise api_server.validation_error(error) from error
+            # The caller's params may be shared between prompts: never change them.
+            params = copy.copy(params)
+            params.extra_args = admitted
+        return original(self, request_id, prompt, params, *args, **kwargs)
+
+    return process_inputs
+
+
+def _assign_request_id(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A ready-made EngineCoreRequest skips ``process_inputs``; it must not skip admission."""
+
+    def assign_request_id(request: Any) -> None:
+        extra_args = getattr(request.sampling_params, "extra_args", None) or {}
+        others = {k: v for k, v in extra_args.items() if k not in (RESOLVED_FIELD, FIELD_RECORD)}
+        if admission.has_fields(others) or admission.is_forged(extra_args):
+            raise api_server.validation_error(
+                SteeringError(
+                    FIELD_CIRCUIT,
+                    "an EngineCoreRequest cannot carry steering fields; pass the prompt and "
+                    "SamplingParams instead",
+                )
+            )
+        original(request)
+
+    return assign_request_id
+
+
+def admission_of(llm: Any) -> admission.Admission:
+    """The admission gate of an offline ``LLM``. Raises CnaConfigError if it has none."""
+    gate = getattr(llm.llm_engine.input_processor, ADMISSION_ATTRIBUTE, None)
+    if gate is None:
+        raise CnaConfigError(
+            "this LLM was started without a cna key; pass additional_config={'cna': {}}"
+        )
+    return gate

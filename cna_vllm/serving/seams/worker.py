@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seams of a worker: the loaded model, and its batch at every step, on both model runners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from cna_vllm.serving.attach import attach
+from cna_vllm.serving.config import CnaConfig
+from cna_vllm.serving.runtime import SteeringRuntime
+from cna_vllm.serving.seams.wrapping import wrap
+from cna_vllm.serving.vllm_model import refuse_unsupported
+from cna_vllm.serving.worker_rpc import RPC_METHODS
+
+RUNTIME_ATTRIBUTE = "cna_runtime"
+
+
+def install() -> None:
+    """Workers that are built from now on steer, if they are configured to."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    wrap(WorkerBase, "__init__", _worker_init)
+
+
+def _worker_init(original: Callable[..., None]) -> Callable[..., None]:
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        if CnaConfig.from_additional_config(vllm_config.additional_config) is None:
+            return
+        refuse_unsupported(vllm_config)
+        for name, method in RPC_METHODS.items():
+            setattr(type(self), name, method)
+        if vllm_config.use_v2_model_runner:
+            from vllm.v1.worker.gpu import model_states
+
+            wrap(model_states, "resolve_model_state_cls", _v2_state_cls)
+        else:
+            _install_v1()
+
+    return __init__
+
+
+def _install_v1() -> None:
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    # The CPU runner overrides load_model and inherits the rest.
+    wrap(CPUModelRunner, "load_model", _v1_load_model)
+    wrap(GPUModelRunner, "load_model", _v1_load_model)
+    wrap(GPUModelRunner, "_update_states", _v1_update_states)
+    wrap(GPUModelRunner, "_prepare_inputs", _v1_prepare_inputs)
+
+
+def _v1_load_model(original: Callable[..., None]) -> Callable[..., None]:
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.cna_runtime = attach(self.vllm_config, self.get_model(), self.device)
+        if hasattr(self, "model_memory_usage"):  # only measured on accelerators
+            self.model_memory_usage += self.cna_runtime.nbytes
+
+    return load_model
+
+
+def _v1_update_states(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _update_states(self: Any, scheduler_output: Any) -> Any:
+        result = original(self, scheduler_output)
+        runtime: SteeringRuntime = self.cna_runtime
+        for req_id in scheduler_output.finished_req_ids:
+            runtime.remove_request(req_id)
+        for req_id in scheduler_output.preempted_req_ids or ():
+            runtime.suspend_request(req_id)
+        for new in scheduler_output.scheduled_new_reqs:
+            params = new.sampling_params
+            runtime.add_request(
+                new.req_id,
+                None if params is None else params.extra_args,
+                self.requests[new.req_id].num_prompt_tokens,
+            )
+        return result
+
+    return _update_states
+
+
+def _v1_prepare_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
+        result = original(self, scheduler_output, num_scheduled_tokens)
+        batch = self.input_batch
+        self.cna_runtime.prepare_step(
+            batch.req_ids, num_scheduled_tokens, batch.num_computed_tokens_cpu
+        )
+        return result
+
+    return _prepare_inputs
+
+
+def _v2_state_cls(original: Callable[..., type]) -> Callable[..., type]:
+    def resolve_model_state_cls(vllm_config: Any, model: nn.Module) -> type:
+        base: Any = original(vllm_config, model)
+        if CnaConfig.from_additional_config(vllm_config.additional_config) is None:
+            return base
+
+        class SteeredModelState(base):
+            """The model's own state, with the steering runtime beside it."""
+
+            def __init__(self, vllm_config: Any, model: nn.Module, *args: Any) -> None:
+                super().__init__(vllm_config, model, *args)
+                self.cna_runtime = attach(vllm_config, model, self.device)
+
+            def add_request(self, req_index: int, new_req_data: Any) -> None:
+                super().add_request(req_index, new_req_data)
+                params = new_req_data.sampling_params
+                self.cna_runtime.add_request(
+                    new_req_data.req_id,
+                    None if params is None else params.extra_args,
+                    new_req_data.prompt_len,
+                )
+
+            def remove_request(self, req_id: str) -> None:
+                super().remove_request(req_id)
+                self.cna_runtime.remove_request(req_id)
+
+            def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
+                self.cna_runtime.prepare_step(
+                    input_batch.req_ids,
+                    input_batch.num_scheduled_tokens,
+                    input_batch.num_computed_tokens_np,
+                )
+                return super().prepare_inputs(input_batch, req_states)
+
+        return SteeredModelState
+
+    return resolve_model_state_cls
+
+
+def runtime_of(worker: Any) -> SteeringRuntime:
+    """The runtime of a worker, whichever model runner it has."""
+    runner = worker.model_runner
+    holder = getattr(runner, "model_state", runner)
+    return getattr(holder, RUNTIME_ATTRIBUTE)

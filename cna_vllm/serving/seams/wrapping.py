@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a seam is put in place."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+
+def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replaces ``owner.name`` by ``make(original)``, once per process.
+
+    Raises AttributeError when vLLM no longer has the name: a seam must not vanish silently.
+    """
+    original = getattr(owner, name)
+    if getattr(original, "__cna_seam__", False):
+        return
+    wrapper: Any = functools.wraps(original)(make(original))
+    wrapper.__cna_seam__ = True
+    if isinstance(inspect.getattr_static(owner, name), staticmethod):
+        wrapper = staticmethod(wrapper)
+    setattr(owner, name, wrapper)
