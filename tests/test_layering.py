@@ -67,6 +67,8 @@ def part_of(module: str) -> str:
         return "cna_kernels"
     if len(names) == 1:
         return "root"
+    if names[1] == "__main__":
+        return "cli"
     return "base" if names[1] in BASE else names[1]
 
 

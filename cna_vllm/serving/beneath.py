@@ -41,9 +41,10 @@ def read_beneath(folder: str, path: str, max_bytes: int) -> bytes:
             os.close(descriptor)
     except (OSError, ValueError) as error:
         raise PathError("no such file in the server's circuit folder") from error
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise PathError("no such file in the server's circuit folder")
     with open(file, "rb") as handle:
-        if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
-            raise PathError("no such file in the server's circuit folder")
         raw = handle.read(max_bytes + 1)
     if len(raw) > max_bytes:
         raise PathError(f"the file is larger than {max_bytes} bytes, the server's limit")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import subprocess
 import sys
@@ -58,6 +59,38 @@ def test_scheduler_seam() -> None:
     assert "_gen_prompt_embeds_extra_hash_keys(" in source
     # Published events take the second element of every tagged key.
     assert "key[1]" in inspect.getsource(kv_cache_utils.to_event_extra_keys)
+
+
+def test_engine_core_seams() -> None:
+    """A request is preprocessed, added; an error in the first is that request's alone."""
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+
+    assert parameters(EngineCore.preprocess_add_request) == ["self", "request"]
+    assert parameters(EngineCore.add_request)[:2] == ["self", "request"]
+    assert parameters(EngineCore.collective_rpc) == ["self", "method", "timeout", "args", "kwargs"]
+    thread = inspect.getsource(EngineCoreProc.process_input_sockets)
+    guarded = thread[thread.index("preprocess_add_request(") :]
+    assert "_handle_request_preproc_error(" in guarded
+
+
+def test_api_server_seams() -> None:
+    """Serving classes are there before the engine, routes are made after it."""
+    from vllm.entrypoints.launchers import app
+    from vllm.entrypoints.launchers.api_server import entry, routers
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+
+    assert parameters(BaseServing._check_model) == ["self", "request"]
+    assert parameters(BaseServing._maybe_get_adapters)[:2] == ["self", "request"]
+    assert parameters(OpenAIServingModels.model_name) == ["self", "lora_request"]
+    assert parameters(OpenAIServingModels._check_load_lora_adapter_request) == ["self", "request"]
+    source = inspect.getsource(entry)
+    assert "from .app_state import" in source.split("def ")[0]
+    assert "register_generate_api_routers" not in vars(routers) and "routers" not in vars(app)
+    for serving in ("chat_completion", "completion", "responses"):
+        module = importlib.import_module(f"vllm.entrypoints.openai.{serving}.serving")
+        body = inspect.getsource(module)
+        assert body.index("self._check_model(") < body.index("self._maybe_get_adapters(")
 
 
 def test_worker_seams_v1() -> None:

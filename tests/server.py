@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real `cna-vllm serve` for tests: started on a free port, stopped whatever happens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+
+from tests.engine_job import ROOT, V1
+
+KEY = "secret"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server and how to reach it."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+
+    def http(self, **options: Any) -> httpx.Client:
+        """A client with the API key."""
+        headers = {"Authorization": f"Bearer {KEY}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=120, **options)
+
+    def openai(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=120)
+
+    def kill(self) -> None:
+        """SIGKILL to every process of the server at once."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(timeout=60)
+
+
+@contextmanager
+def serve(model: str, arguments: Sequence[str], log: Path) -> Iterator[Server]:
+    """`cna-vllm serve` in a process group of its own; its output goes to ``log``."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "cna_vllm", "serve", model, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--api-key", KEY, "--dtype", "float32", *arguments]
+    environment = {
+        **os.environ,
+        **V1,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+    }
+    # The server's engine is a process of its own there; V1 is about the model runner.
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+    server = Server(process, f"http://127.0.0.1:{port}")
+    try:
+        _wait_until_up(server, log)
+        yield server
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+def _wait_until_up(server: Server, log: Path) -> None:
+    for _ in range(600):
+        if server.process.poll() is not None:
+            raise AssertionError(f"the server ended before it was up:\n{log.read_text()[-4000:]}")
+        try:
+            if httpx.get(f"{server.url}/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    raise AssertionError(f"the server did not come up in five minutes:\n{log.read_text()[-4000:]}")

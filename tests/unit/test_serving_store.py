@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registry directory: what was acknowledged survives, whatever happens to the writer."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cna_vllm.circuit import Circuit, CircuitError, Neuron
+from cna_vllm.request import SteeringError
+from cna_vllm.serving.adapter import Adapter
+from cna_vllm.serving.config import CnaConfig, CnaConfigError
+from cna_vllm.serving.registry import CircuitRegistry, ServedModel
+from cna_vllm.serving.store import Contents, RegistryStore, StoreError
+
+SERVED = ServedModel("m", "A", 2, 64)
+
+
+def circuit(index: int) -> Circuit:
+    return Circuit("m", "A", 2, 64, (Neuron(0, index, 0.5),))
+
+
+def save(store: RegistryStore, circuits: dict[str, Circuit], **adapters: Adapter) -> None:
+    for one in circuits.values():
+        store.save_circuit(one)
+    store.write(Contents({name: c.digest for name, c in circuits.items()}, adapters))
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    store = RegistryStore(tmp_path / "registry")
+    assert store.read() == Contents() and store.stamp() == ()
+    save(store, {"a": circuit(1), "b": circuit(2)}, off=Adapter.parse("a@0:all"))
+    contents = RegistryStore(tmp_path / "registry").read()
+    assert contents.circuits == {"a": circuit(1).digest, "b": circuit(2).digest}
+    assert contents.adapters["off"] == Adapter.parse("a@0:all")
+    assert store.circuit(circuit(1).digest).neurons == circuit(1).neurons
+
+
+def test_circuits_that_no_name_stands_for_are_removed(tmp_path: Path) -> None:
+    store = RegistryStore(tmp_path)
+    save(store, {"a": circuit(1)})
+    save(store, {"a": circuit(2)})
+    assert [p.stem for p in (tmp_path / "circuits").iterdir()] == [circuit(2).digest]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"format": "cna-registry", "version": 2}', "{" * 9999, '{"format": "x"}',
+     '{"format": "cna-registry", "version": 1, "circuits": {"a": "../x"}, "adapters": {}}',
+     '{"format": "cna-registry", "version": 1, "circuits": {}, "adapters": {"a": 1}}'],
+)  # fmt: skip
+def test_a_spoiled_manifest_is_told(tmp_path: Path, text: str) -> None:
+    store = RegistryStore(tmp_path)
+    (tmp_path / "registry.json").write_text(text)
+    with pytest.raises(StoreError, match=r"registry\.json"):
+        store.read()
+
+
+def test_a_circuit_that_was_exchanged_is_told(tmp_path: Path) -> None:
+    store = RegistryStore(tmp_path)
+    save(store, {"a": circuit(1)})
+    circuit(2).save(tmp_path / "circuits" / f"{circuit(1).digest}.json")
+    with pytest.raises(StoreError, match="restore the file"):
+        store.circuit(circuit(1).digest)
+
+
+def registry(tmp_path: Path, **config: object) -> CircuitRegistry:
+    return CircuitRegistry.from_config(
+        CnaConfig(registry_dir=str(tmp_path), **config),  # type: ignore[arg-type]
+        SERVED,
+    )
+
+
+def test_two_registries_see_each_others_changes(tmp_path: Path) -> None:
+    first, second = registry(tmp_path), registry(tmp_path)
+    save(first.store, {"a": circuit(1)}, off=Adapter.parse("a@0"))  # type: ignore[arg-type]
+    assert second.digest("a") == circuit(1).digest
+    assert second.adapter("off") == Adapter.parse("a@0")
+    save(first.store, {"a": circuit(2)})  # type: ignore[arg-type]
+    assert second.digest("a") == circuit(2).digest and second.adapter("off") is None
+
+
+def test_a_spoiled_registry_refuses_steering_and_names_no_path(tmp_path: Path) -> None:
+    names = registry(tmp_path)
+    (tmp_path / "registry.json").write_text("spoiled")
+    with pytest.raises(SteeringError, match="ask its operator") as error:
+        names.digest("a")
+    assert str(tmp_path) not in str(error.value)
+
+
+def test_configured_names_are_pinned(tmp_path: Path) -> None:
+    circuit(1).save(tmp_path / "a.json")
+    save(RegistryStore(tmp_path / "r"), {"a": circuit(2)})
+    with pytest.raises(StoreError, match="the configuration names too"):
+        registry(tmp_path / "r", circuits={"a": str(tmp_path / "a.json")})
+
+
+def test_a_circuit_of_another_model_in_the_registry_is_refused(tmp_path: Path) -> None:
+    save(RegistryStore(tmp_path), {"a": Circuit("m", "A", 3, 64, (Neuron(0, 1, 0.5),))})
+    with pytest.raises(CircuitError, match="3"):
+        registry(tmp_path)
+
+
+def test_names_are_shared_by_circuits_adapters_and_models(tmp_path: Path) -> None:
+    names = registry(tmp_path)
+    names.register("a", circuit(1))
+    names.register_adapter("off", Adapter.parse("a@0"))
+    for taken in (lambda: names.register("off", circuit(1)),
+                  lambda: names.register_adapter("a", Adapter.parse("a@0"))):  # fmt: skip
+        with pytest.raises(CnaConfigError, match="choose another"):
+            taken()
+    with pytest.raises(CnaConfigError, match="served model"):
+        names.reserve(["off"])
+    with pytest.raises(SteeringError, match="used by the adapter 'off'"):
+        names.unregister("a")
+    names.unregister_adapter("off")
+    assert names.unregister("a") == circuit(1)
+
+
+WRITER = """
+import sys
+from cna_vllm.circuit import Circuit, Neuron
+from cna_vllm.serving.store import Contents, RegistryStore
+store, step = RegistryStore(sys.argv[1]), int(sys.argv[2])
+while True:
+    step += 1
+    one = Circuit("m", "A", 2, 4096, tuple(Neuron(0, step % 4000 + i, 0.5) for i in range(90)))
+    with store.locked():
+        store.save_circuit(one)
+        store.write(Contents({f"step-{step}": one.digest}))
+    print(step, flush=True)
+"""
+
+
+def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    """A writer is killed at random moments, 12 times: the registry is whole and not behind."""
+    rng, step = random.Random(0), 0
+    for _ in range(12):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), str(step)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert writer.stdout is not None
+        acknowledged = int(writer.stdout.readline())
+        time.sleep(rng.random() * 0.1)
+        writer.send_signal(signal.SIGKILL)
+        acknowledged = max([acknowledged, *map(int, writer.stdout.read().split())])
+        writer.wait()
+        contents = RegistryStore(tmp_path).read()
+        ((name, digest),) = contents.circuits.items()
+        step = int(name.removeprefix("step-"))
+        assert step in (acknowledged, acknowledged + 1)
+        assert RegistryStore(tmp_path).circuit(digest).digest == digest
+    whole = {path.name for path in tmp_path.rglob("*.json")}
+    assert all(json.loads((p).read_text()) for p in tmp_path.rglob("*.json")) and whole
