@@ -11,7 +11,8 @@ and as many threads as vLLM uses. Each variant has a process that keeps its mode
 variants once, in rotated order, one at a time. A ratio is the median over rounds of the quotient
 within a round, printed with its quartiles; CPU ratios compare the process's CPU time, which other
 load on the machine disturbs less. Memory: what the recorder holds on the device, and the growth
-of the process's peak resident memory, after 50 and after 500 prompts. With --record a JSON row is
+of the process's peak resident memory from 50 to 500 prompts, beside that of stock vLLM (whose
+batches grow too). With --record a JSON row is
 appended to benchmarks/results/discovery.jsonl.
 """
 
@@ -76,28 +77,37 @@ def engine_jobs(args: argparse.Namespace, recording: bool) -> dict[str, Callable
         llm.generate(ids, params, use_tqdm=True)
 
     def held(count: int) -> dict[str, int]:
-        """Memory while a recording of short prompts is under way, before it is fetched."""
-        plan = {"top": {"universal": 46}, "top_prompts": 40}
-        llm.collective_rpc("cna_start_recording", args=(plan,))
-        params = SamplingParams(max_tokens=1, detokenize=False, extra_args={"cna_record": "g"})
+        """Memory while a recording of short prompts is under way, before it is fetched.
+
+        In the stock engine, that of the same prompts without a recording.
+        """
+        if recording:
+            plan = {"top": {"universal": 46}, "top_prompts": 40}
+            llm.collective_rpc("cna_start_recording", args=(plan,))
+        fields = {"cna_record": "g"} if recording else None
+        params = SamplingParams(max_tokens=1, detokenize=False, extra_args=fields)
         # The last step's rows wait for the next step: one more prompt, so that they are summed.
         for prompts in (count, 1):
             ids = [TokensPrompt(prompt_token_ids=[5, 6, 7, 8])] * prompts
             llm.generate(ids, params, use_tqdm=False)
-        found = llm.collective_rpc("cna_status")[0]["recorder_bytes"]
-        llm.collective_rpc("cna_take_recording")
+        found = 0
+        if recording:
+            found = llm.collective_rpc("cna_status")[0]["recorder_bytes"]
+            llm.collective_rpc("cna_take_recording")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {"recorder": found, "peak_rss": peak, "device_peak": _device_peak()}
 
+    memory = {"memory": lambda: {str(n): held(n) for n in (50, 500)}}
     if not recording:
         return {
+            **memory,
             "stock": lambda: prefill([*positive, *negative]),
             "stock+": lambda: prefill([*positive, *negative, *diverse_prompts()]),
         }
     return {
+        **memory,
         "discover": lambda: discover(llm, positive, negative, universal="none") and None,
         "filtered": lambda: discover(llm, positive, negative) and None,
-        "memory": lambda: {str(n): held(n) for n in (50, 500)},
     }
 
 
@@ -225,7 +235,10 @@ def main() -> None:
     cna = Worker("discover", args)
     hooks = Worker("hooks", args, stock.threads)
     workers = {"stock": stock, "discover": cna, "stock+": stock, "filtered": cna, "hooks": hooks}
-    memory = cna.run("memory")["result"]
+    memory = {
+        kind: worker.run("memory")["result"]
+        for kind, worker in (("stock", stock), ("discover", cna))
+    }
     for variant in ("stock", "discover"):
         workers[variant].run(variant)  # warm-up
     rounds: list[dict[str, dict[str, float]]] = []
@@ -246,9 +259,10 @@ def main() -> None:
     for name, (low, middle, high) in ratios.items():
         print(f"{name:28} {low:8.3f} {middle:8.3f} {high:8.3f}")
     print(f"median seconds: {seconds}; threads: {stock.threads}")
-    print(f"recorder bytes: { ({n: m['recorder'] for n, m in memory.items()}) }")
-    growth = memory["500"]["peak_rss"] - memory["50"]["peak_rss"]
-    print(f"growth of peak resident memory from 50 to 500 prompts: {growth / 2**20:.1f} MiB")
+    print(f"recorder bytes: { ({n: m['recorder'] for n, m in memory['discover'].items()}) }")
+    for kind, peaks in memory.items():
+        growth = (peaks["500"]["peak_rss"] - peaks["50"]["peak_rss"]) / 2**20
+        print(f"growth of peak resident memory from 50 to 500 prompts, {kind}: {growth:.1f} MiB")
     row = {
         "benchmark": "discovery",
         "model": Path(args.model).name,

@@ -36,7 +36,8 @@ CONTRASTS = (
         ["I hate this.", "What a terrible day!", "You are so cruel."],
     ),
 )
-SIZES = (1, 46, 1000)
+SIZES = (1, 10, 46, 1000)
+STRICT = 46  # beyond it, two means may cancel so far that float32 itself loses 1e-4 of a delta
 
 
 def rows_of(oracle: HookedModel, prompts: Sequence[Ids]) -> torch.Tensor:
@@ -95,7 +96,7 @@ def check(circuit: Circuit, truth: Contrast, k: int, universal: Sequence[int] = 
         scale = float(truth.scale[neuron.layer, neuron.index])
         assert error <= max(1e-4 * abs(want), 5e-6 * scale)
     print(f"{k} neurons, {excused} with cancelling means")
-    assert excused <= k // 100
+    assert excused <= (0 if k <= STRICT else k // 100)
 
 
 def universal_of(rows: torch.Tensor, k: int, threshold: float) -> list[int]:
