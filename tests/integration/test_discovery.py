@@ -160,8 +160,9 @@ def test_options_and_mixed_traffic(smollm2: Subject, chats: list[Ids]) -> None:
         }
     )
     results = run_engine(engine, steps)
-    check_all(smollm2, results[:6])
-    paper, reference, bootstrapped, held_out, rows, mixed = results[6:]
+    contrasts = len(CONTRASTS) * len(SIZES)
+    check_all(smollm2, results[:contrasts])
+    paper, reference, bootstrapped, held_out, rows, mixed = results[contrasts:]
 
     truth = Contrast.of(smollm2.oracle, french["positive"], french["negative"])
     diverse = rows_of(smollm2.oracle, chat(smollm2, [str(p.text) for p in diverse_prompts()]))
