@@ -399,7 +399,7 @@ def test_under_load(deployed: Deployment, chats: list[list[int]]) -> None:
                 body: dict[str, Any] = {
                     "model": "smollm2" if model == "hot" else model,
                     "prompt": prompt,
-                    "max_tokens": 8,
+                    "max_tokens": 5,
                     "temperature": 0,
                     "return_token_ids": True,
                 }
