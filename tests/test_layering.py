@@ -16,6 +16,7 @@ FILES = sorted([*ROOT.glob("cna_vllm/**/*.py"), *ROOT.glob("kernels/cna_kernels/
 
 # Part of the project -> parts of it that it may import. The base modules are the shared ground.
 BASE = {
+    "arms",
     "checkpoint",
     "circuit",
     "circuit_file",
@@ -31,7 +32,8 @@ ALLOWED = {
     "serving": {"base", "serving", "cna_kernels"},
     "discovery": {"base", "discovery", "root"},
     "baselines": {"base", "baselines", "discovery", "root"},
-    "evaluation": {"base", "evaluation", "root"},
+    "batch": {"base", "batch"},
+    "evaluation": {"base", "batch", "evaluation", "baselines", "discovery", "root"},
     "reading": {"base", "reading"},
     "bake": {"base", "root"},
     "cli": {
@@ -39,6 +41,7 @@ ALLOWED = {
         "serving",
         "discovery",
         "baselines",
+        "batch",
         "evaluation",
         "reading",
         "bake",
@@ -50,6 +53,7 @@ ALLOWED = {
 # Part, or module of the base, -> distributions it may import besides the standard library.
 EXTERNAL = {
     "cna_kernels": {"torch", "triton", "numpy"},
+    "arms": set(),
     "circuit": set(),
     "circuit_file": set(),
     "files": set(),

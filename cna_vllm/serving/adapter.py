@@ -8,16 +8,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from cna_vllm.arms import parse_steering
 from cna_vllm.circuit import show
-from cna_vllm.request import (
-    DEFAULT_SCOPE,
-    FIELD_CIRCUIT,
-    FIELD_MULTIPLIER,
-    FIELD_PREFIX,
-    FIELD_SCOPE,
-    SCOPES,
-    SteeringError,
-)
+from cna_vllm.request import FIELD_CIRCUIT, FIELD_PREFIX, CircuitRequest, SteeringError
 
 LORA_KEY = "lora"
 
@@ -53,33 +46,11 @@ class Adapter:
     @classmethod
     def parse(cls, text: str) -> Adapter:
         """Reads ``CIRCUIT@M[+CIRCUIT@M...][:SCOPE]``. Raises SteeringError with the form."""
-        head, separator, tail = text.rpartition(":")
-        body, scope = (head, tail) if separator and tail in SCOPES else (text, DEFAULT_SCOPE)
-        names: list[str] = []
-        multipliers: list[float] = []
-        for part in body.split("+"):
-            name, at, multiplier = part.rpartition("@")
-            try:
-                multipliers.append(float(multiplier))
-            except ValueError:
-                at = ""
-            if not (name and at):
-                raise SteeringError(
-                    "adapter",
-                    f"{show(text)} is not CIRCUIT@M[+CIRCUIT@M...][:SCOPE], with scope one of "
-                    f"{', '.join(SCOPES)}",
-                )
-            names.append(name)
-        single = len(names) == 1
-        return cls(
-            MappingProxyType(
-                {
-                    FIELD_CIRCUIT: names[0] if single else names,
-                    FIELD_MULTIPLIER: multipliers[0] if single else multipliers,
-                    FIELD_SCOPE: scope,
-                }
-            )
-        )
+        try:
+            pairs, scope = parse_steering(text)
+        except SteeringError as error:
+            raise SteeringError("adapter", error.problem) from error
+        return cls(MappingProxyType(CircuitRequest(pairs, scope).to_extra_args()))
 
     def to_dict(self) -> dict[str, Any]:
         """What ``from_dict`` reads; JSON types only."""

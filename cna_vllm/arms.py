@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arms: the settings under which the same prompts are answered, and their short form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cna_vllm.circuit import show
+from cna_vllm.request import DEFAULT_SCOPE, SCOPES, CircuitRequest, SteeringError, steer
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting: circuits with their multipliers at a scope; without circuits the plain model.
+
+    Attributes:
+        name: what rows and reports call it; unique in a run.
+        circuits: (circuit, multiplier) pairs, applied together.
+        scope: which positions are steered.
+    """
+
+    name: str
+    circuits: tuple[tuple[str, float], ...] = ()
+    scope: str = DEFAULT_SCOPE
+
+    def __post_init__(self) -> None:
+        self.extra_args()  # refuses what no engine would take
+
+    def extra_args(self) -> dict[str, Any]:
+        """The fields of `SamplingParams.extra_args` that ask for this arm; empty when plain.
+
+        Raises:
+            SteeringError: a wrong type or value.
+        """
+        if not self.circuits:
+            return {}
+        checked = steer(list(self.circuits), scope=self.scope)
+        return CircuitRequest(self.circuits, checked["cna_scope"]).to_extra_args()
+
+    @property
+    def dose(self) -> float | None:
+        """The multiplier of an arm with one circuit; 1 for the plain model, else None."""
+        if not self.circuits:
+            return 1.0
+        return self.circuits[0][1] if len(self.circuits) == 1 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Columns of a row: `arm`, `circuit`, `multiplier` (lists for several), `scope`."""
+        names = [name for name, _ in self.circuits]
+        multipliers = [multiplier for _, multiplier in self.circuits]
+        single = len(names) == 1
+        return {
+            "arm": self.name,
+            "circuit": (names[0] if single else names) if names else None,
+            "multiplier": (multipliers[0] if single else multipliers) if names else None,
+            "scope": self.scope if names else None,
+        }
+
+
+def parse_steering(text: str) -> tuple[tuple[tuple[str, float], ...], str]:
+    """Reads `CIRCUIT@M[+CIRCUIT@M...][:SCOPE]` as (circuit, multiplier) pairs and a scope.
+
+    Raises:
+        SteeringError: it has another form; the values themselves are not checked here.
+    """
+    head, separator, tail = text.rpartition(":")
+    body, scope = (head, tail) if separator and tail in SCOPES else (text, DEFAULT_SCOPE)
+    return tuple(_pair(part, text) for part in body.split("+")), scope
+
+
+def parse_arm(text: str) -> Arm:
+    """Reads `NAME=CIRCUIT@M[+CIRCUIT@M...][:SCOPE]`, the same without `NAME=`, or `NAME=plain`.
+
+    Without a name the arm is called by its steering, `plain` by that.
+
+    Raises:
+        SteeringError: it has another form, or steering that no engine would take.
+    """
+    name, separator, steering = text.partition("=")
+    if not separator:
+        name, steering = text, text
+    if not name.strip():
+        raise SteeringError("arm", f"{show(text)} has no name; write NAME=CIRCUIT@M[:SCOPE]")
+    if steering == "plain":
+        return Arm(name)
+    return Arm(name, *parse_steering(steering))
+
+
+def check_names(arms: Sequence[Arm]) -> None:
+    """Raises SteeringError where two arms share a name, or there is none at all."""
+    if not arms:
+        raise SteeringError("arm", "there is none; name at least one")
+    seen = set()
+    for arm in arms:
+        if arm.name in seen:
+            raise SteeringError("arm", f"the name {show(arm.name)} is given twice")
+        seen.add(arm.name)
+
+
+def _pair(part: str, whole: str) -> tuple[str, float]:
+    name, _, multiplier = part.rpartition("@")
+    try:
+        if name:
+            return name, float(multiplier)
+    except ValueError:
+        pass
+    raise SteeringError(
+        "arm",
+        f"{show(whole)} is not CIRCUIT@M[+CIRCUIT@M...][:SCOPE], with scope one of "
+        f"{', '.join(SCOPES)}",
+    )

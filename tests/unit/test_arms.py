@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arms: their short form, the fields they stand for, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cna_vllm.arms import Arm, check_names, parse_arm
+from cna_vllm.request import SteeringError, steer
+
+
+@pytest.mark.parametrize(
+    ("text", "arm"),
+    [
+        ("off=french@0", Arm("off", (("french", 0.0),))),
+        ("french@0:all", Arm("french@0:all", (("french", 0.0),), "all")),
+        ("x=a@0+b@-1.5:generated", Arm("x", (("a", 0.0), ("b", -1.5)), "generated")),
+        ("base=plain", Arm("base")),
+        ("plain", Arm("plain")),
+    ],
+)
+def test_the_short_form(text: str, arm: Arm) -> None:
+    assert parse_arm(text) == arm
+
+
+@pytest.mark.parametrize("text", ["", "=a@0", "x=", "x=a", "x=a@", "x=a@b", "x=@1", "x=a@0:first"])
+def test_a_malformed_short_form_is_told(text: str) -> None:
+    with pytest.raises(SteeringError, match=r"NAME|CIRCUIT@M"):
+        parse_arm(text)
+
+
+@pytest.mark.parametrize("text", ["x=a@nan", "x=a@inf", "x=a@1e40"])
+def test_steering_that_no_engine_takes_is_refused(text: str) -> None:
+    with pytest.raises(SteeringError, match="cna_multiplier"):
+        parse_arm(text)
+
+
+def test_fields_are_those_of_steer() -> None:
+    assert Arm("x", (("a", 0.0),), "all").extra_args() == steer("a", 0.0, scope="all")
+    pairs = [("a", 0.0), ("b", 2.0)]
+    assert Arm("x", tuple(pairs)).extra_args() == steer(pairs)
+    assert Arm("x").extra_args() == {}
+
+
+@pytest.mark.parametrize(
+    ("arm", "row", "dose"),
+    [
+        (Arm("p"), {"circuit": None, "multiplier": None, "scope": None}, 1.0),
+        (Arm("p", (("a", 2.0),)), {"circuit": "a", "multiplier": 2.0, "scope": "last"}, 2.0),
+        (
+            Arm("p", (("a", 2.0), ("b", 0.0))),
+            {"circuit": ["a", "b"], "multiplier": [2.0, 0.0], "scope": "last"},
+            None,
+        ),
+    ],
+)
+def test_columns_and_dose(arm: Arm, row: dict[str, Any], dose: float | None) -> None:
+    assert arm.to_dict() == {"arm": "p", **row}
+    assert arm.dose == dose
+
+
+def test_names_are_unique() -> None:
+    check_names([Arm("a"), Arm("b")])
+    for arms in ([], [Arm("a"), Arm("a")]):
+        with pytest.raises(SteeringError, match="arm"):
+            check_names(arms)
