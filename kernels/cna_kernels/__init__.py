@@ -2,7 +2,7 @@
 """Fused gated activation that scales chosen channels row by row."""
 
 from cna_kernels.activations import DTYPES, EAGER
-from cna_kernels.library import act_and_mul_scaled
+from cna_kernels.library import act_and_mul_scaled, backend
 from cna_kernels.record_rows import record_rows, record_rows_reference
 from cna_kernels.reference import (
     act_and_mul_scaled_reference,
@@ -17,6 +17,7 @@ __all__ = [
     "EAGER",
     "act_and_mul_scaled",
     "act_and_mul_scaled_reference",
+    "backend",
     "check_tables",
     "mask_width",
     "pack_mask",
