@@ -25,6 +25,7 @@ BASE = {
     "prompts",
     "rendering",
     "request",
+    "request_fields",
 }
 ALLOWED = {
     "cna_kernels": {"cna_kernels"},
@@ -58,6 +59,7 @@ EXTERNAL = {
     "circuit_file": set(),
     "files": set(),
     "request": set(),
+    "request_fields": set(),
     "prompts": set(),
     "rendering": set(),
     "root": set(),
