@@ -77,6 +77,16 @@ class Arm:
         }
 
 
+def steering_arm(circuits: Sequence[tuple[str, float]], scope: str = DEFAULT_SCOPE) -> Arm:
+    """The arm with this steering, called by its short form, `CIRCUIT@M[+...][:SCOPE]`.
+
+    Raises:
+        SteeringError: steering that no engine would take.
+    """
+    body = "+".join(f"{name}@{float(m)!r}".removesuffix(".0") for name, m in circuits)
+    return Arm(body if scope == DEFAULT_SCOPE else f"{body}:{scope}", tuple(circuits), scope)
+
+
 def parse_steering(text: str) -> tuple[tuple[tuple[str, float], ...], str]:
     """Reads `CIRCUIT@M[+CIRCUIT@M...][:SCOPE]` as (circuit, multiplier) pairs and a scope.
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def read_prompts(path: str | os.PathLike[str], *, column: str | None = None) -> 
         raise PromptError(f"{name}: unknown kind of file; use {', '.join(readers)}")
     if column is not None and suffix != ".csv":
         raise PromptError(f"{name}: a column can be named for .csv files only")
-    prompts = list(readers[suffix](name, _read_text(name), column or DEFAULT_COLUMN))
+    prompts = list(readers[suffix](name, read_text(name), column or DEFAULT_COLUMN))
     if not prompts:
         raise PromptError(f"{name}: holds no prompt")
     return prompts
@@ -80,7 +81,12 @@ def prompts_digest(prompts: Iterable[Prompt]) -> str:
     return whole.hexdigest()
 
 
-def _read_text(name: str) -> str:
+def read_text(name: str) -> str:
+    """Text of a prompt file, without a byte order mark.
+
+    Raises:
+        PromptError: it cannot be read, is too large, or is not UTF-8.
+    """
     try:
         with open(name, "rb") as handle:
             raw = handle.read(MAX_FILE_BYTES + 1)
@@ -95,20 +101,20 @@ def _read_text(name: str) -> str:
         raise PromptError(f"{name}:{line}: is not UTF-8 text") from error
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
+def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
     """Numbered non-blank lines; only newlines end a line, not every character Unicode calls so."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, line.strip()
 
 
-def _read_txt(name: str, text: str, column: str) -> Iterator[Prompt]:
-    for _, line in _lines(text):
-        yield Prompt(text=line)
+def json_rows(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of every non-blank line of a .jsonl file.
 
-
-def _read_jsonl(name: str, text: str, column: str) -> Iterator[Prompt]:
-    for number, line in _lines(text):
+    Raises:
+        PromptError: a line is not a JSON object.
+    """
+    for number, line in numbered_lines(text):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -117,13 +123,15 @@ def _read_jsonl(name: str, text: str, column: str) -> Iterator[Prompt]:
             raise PromptError(f"{name}:{number}: is not usable JSON: {error}") from error
         if not isinstance(row, dict):
             raise PromptError(f"{name}:{number}: must be an object with 'prompt' or 'messages'")
-        try:
-            yield Prompt(text=row.get("prompt"), messages=row.get("messages"))
-        except PromptError as error:
-            raise PromptError(f"{name}:{number}: {error}") from error
+        yield number, row
 
 
-def _read_csv(name: str, text: str, column: str) -> Iterator[Prompt]:
+def csv_rows(name: str, text: str, column: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Last line number and fields of every row of a .csv file that is not blank.
+
+    Raises:
+        PromptError: it is not CSV, or has no column of that name.
+    """
     rows = csv.DictReader(text.splitlines(keepends=True), strict=True)
     try:
         if column not in (rows.fieldnames or ()):
@@ -131,13 +139,32 @@ def _read_csv(name: str, text: str, column: str) -> Iterator[Prompt]:
             raise PromptError(f"{name}:1: no column {column!r}; the columns are {found}")
         for row in rows:
             if any(isinstance(value, str) and value.strip() for value in row.values()):
-                yield _csv_prompt(name, rows.line_num, row[column])
+                yield rows.line_num, {k: v or "" for k, v in row.items() if k is not None}
     except csv.Error as error:
         raise PromptError(f"{name}:{rows.line_num}: is not CSV: {error}") from error
 
 
-def _csv_prompt(name: str, line: int, value: str | None) -> Prompt:
+@contextmanager
+def at_line(name: str, number: int) -> Iterator[None]:
+    """Puts `FILE:LINE: ` before what a PromptError inside says."""
     try:
-        return Prompt(text=value or "")
+        yield
     except PromptError as error:
-        raise PromptError(f"{name}:{line}: {error}") from error
+        raise PromptError(f"{name}:{number}: {error}") from error
+
+
+def _read_txt(name: str, text: str, column: str) -> Iterator[Prompt]:
+    for _, line in numbered_lines(text):
+        yield Prompt(text=line)
+
+
+def _read_jsonl(name: str, text: str, column: str) -> Iterator[Prompt]:
+    for number, row in json_rows(name, text):
+        with at_line(name, number):
+            yield Prompt(text=row.get("prompt"), messages=row.get("messages"))
+
+
+def _read_csv(name: str, text: str, column: str) -> Iterator[Prompt]:
+    for number, row in csv_rows(name, text, column):
+        with at_line(name, number):
+            yield Prompt(text=row[column])

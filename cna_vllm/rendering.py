@@ -12,8 +12,10 @@ def render(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:
     """Token ids of a prompt: one user turn through the chat template, with the generation prompt.
 
     Text of a model without a chat template, or with ``raw``, is tokenized as it is. Ids are
-    returned rather than text, so that no special token is added twice. Raises ValueError when
-    messages meet a model without a chat template.
+    returned rather than text, so that no special token is added twice.
+
+    Raises:
+        ValueError: messages for a model without a chat template, or its template refuses them.
     """
     messages = prompt.messages
     has_template = getattr(tokenizer, "chat_template", None) is not None
@@ -23,10 +25,14 @@ def render(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:
         messages = [{"role": "user", "content": prompt.text}]
     elif not has_template:
         raise ValueError("messages: this model has no chat template; give prompts as text")
-    ids = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        tokenize=True,
-        add_generation_prompt=True,
-        return_dict=False,
-    )
+    try:
+        ids = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+    except Exception as error:  # a template is a program of the model's: it can raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"messages: the model's chat template refuses them: {reason}") from error
     return list(ids)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     GPTNeoXConfig,
     LlamaConfig,
     MixtralConfig,
     PretrainedConfig,
+    PreTrainedTokenizerFast,
 )
 
 LAYERS = 4
@@ -46,6 +48,23 @@ def llama(folder: Path, **overrides: Any) -> Path:
         }
     )
     return _save(config, folder)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant{% endif %}"
+)
+
+
+def add_tokenizer(folder: Path) -> Path:
+    """A tokenizer of the words `w0`, `w1`, ..., one a token, and a chat template."""
+    words = {f"w{i}": i for i in range(VOCABULARY)} | {"user": 3, "assistant": 4, "system": 5}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    return folder
 
 
 def prompts(count: int, seed: int = 0, longest: int = 60) -> list[list[int]]:

@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         status: int = importlib.import_module(f"cna_vllm.cli.{command}").run(arguments[1:])
         sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        if str(interrupt):
+            print(f"cna-vllm: interrupted: {interrupt}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of stdout left; the interpreter's own flush at exit must not fail again.

@@ -36,10 +36,19 @@ def start_engine(
         UsageError: unknown or malformed flags, or no model.
     """
     args = parse_engine_args(command, argv, default_model, cpu_defaults)
+    add_section(args, cna)
+    return launch(args)
+
+
+def add_section(args: EngineArgs, cna: Mapping[str, Any]) -> None:
+    """Puts our section into `additional_config`; one given by the user is merged, ours wins."""
     given = dict(args.additional_config or {})
     given["cna"] = {**given.get("cna", {}), **cna}
     args.additional_config = given
 
+
+def launch(args: EngineArgs) -> LLM:
+    """Starts the engine."""
     from vllm import LLM
 
     llm: LLM = LLM.from_engine_args(args)

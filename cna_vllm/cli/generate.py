@@ -1,146 +1,201 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cna-vllm generate`: every prompt under every circuit and multiplier, in one engine pass."""
+"""`cna-vllm generate`: every prompt in every arm, in one engine pass that can be gone on with."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cna_vllm.cli.options import OptionParser, check_output, load_circuits, positive_int
-from cna_vllm.files import write_atomic
-from cna_vllm.prompts import Prompt, read_prompts
-from cna_vllm.rendering import render
-from cna_vllm.request import DEFAULT_SCOPE, SCOPES, steer
+from cna_vllm import __version__
+from cna_vllm.arms import Arm, check_names, parse_arm, steering_arm
+from cna_vllm.batch.partial import discard
+from cna_vllm.batch.plan import Request, plan
+from cna_vllm.batch.reading import BatchPrompt, read_batch
+from cna_vllm.circuit import Circuit, show
+from cna_vllm.cli.options import OptionParser, UsageError, check_output, load_circuits
+from cna_vllm.cli.sampling_options import add_sampling_options, sampling_fields
+from cna_vllm.prompts import PromptError
+from cna_vllm.request import DEFAULT_SCOPE, SCOPES, CircuitRequest
 
 if TYPE_CHECKING:
-    from vllm import LLM, RequestOutput
+    from vllm.engine.arg_utils import EngineArgs
 
+_DESCRIPTION = """\
+Answer every prompt in every arm: every circuit at every --multiplier, and every --arm.
 
-@dataclass(frozen=True)
-class Arm:
-    """One setting under which every prompt is answered; a multiplier of 1 is the plain model."""
+Input, by its suffix:
+  .txt    one prompt a line
+  .csv    the column --column, and id and tags (separated by ;) where they are
+  .jsonl  {"prompt" or "messages", "id", "tags", "sampling"}, the last three optional; "sampling"
+          holds fields of vLLM's SamplingParams that replace the command line's for that row
+          (n counts its samples, its seed is taken as it is)
+  .jsonl  requests of an OpenAI batch file (custom_id, body). Answers are rows like all others,
+          with id = custom_id; what a body leaves out is the command line's, not OpenAI's default;
+          steering in vllm_xargs is the row's own arm, and then no arm may be named here
 
-    circuit: str
-    multiplier: float
-    scope: str
-
-    def extra_args(self) -> dict[str, Any]:
-        return steer(self.circuit, self.multiplier, scope=self.scope)
+Finished rows are kept in OUT.jsonl.partial. After any interruption, the same command goes on from
+there, and the file is then the same as without it."""
+# What of vLLM's flags decides the text of an answer, apart from rounding.
+_ENGINE_IDENTITY = (
+    "model",
+    "revision",
+    "tokenizer",
+    "tokenizer_revision",
+    "dtype",
+    "quantization",
+    "max_model_len",
+)
 
 
 def run(argv: list[str]) -> int:
     options, rest = _parser().split(argv)
+    target = Path(options.output)
     check_output(options.output, options.overwrite)
     circuits = load_circuits(options.circuit)
-    multipliers = dict.fromkeys(options.multiplier)
-    arms = [Arm(name, m, options.scope) for name in circuits for m in multipliers]
-    for arm in arms:
-        arm.extra_args()  # refuses what no engine would take, before one starts
-    prompts = read_prompts(options.input, column=options.column)
+    arms = _arms(options, list(circuits))
+    sampling = sampling_fields(options)
+    prompts = read_batch(options.input, column=options.column)
+    arms = _check_arms(arms, prompts, list(circuits))
+    rows = plan(prompts, arms, sampling, samples=options.samples, raw=options.raw)
+    if options.seed is not None:
+        rest = [*rest, "--seed", str(options.seed)]  # it has always been the engine's too
 
-    from cna_vllm.cli.engine_args import start_engine
+    from cna_vllm.cli.engine_args import add_section, launch, parse_engine_args
 
-    files = {name: str(path) for name, (path, _) in circuits.items()}
-    llm = start_engine("generate", rest, {"circuits": files})
-    outputs = answer(
-        llm,
-        prompts,
-        arms,
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        raw=options.raw,
-    )
-    write_atomic(options.output, _rows(prompts, arms, outputs))
-    print(f"{len(outputs)} rows in {options.output}", file=sys.stderr)
+    args = parse_engine_args("generate", rest)
+    add_section(args, {"circuits": {name: str(path) for name, (path, _) in circuits.items()}})
+    _check_sampling(rows, sampling)
+    _check_arms_for_engine(rows, args)
+    _check_models(rows, {args.model, Path(args.model).name, *rest})
+    identity = _identity(args, {name: circuit for name, (_, circuit) in circuits.items()})
+
+    from cna_vllm.batch.runner import rows_done, run_batch
+
+    if options.restart:
+        discard(target)
+    if done := rows_done(rows, target, identity):
+        print(f"going on: {done} of {len(rows)} rows are there", file=sys.stderr)
+    run_batch(launch(args), rows, target, identity=identity)
+    print(f"{len(rows)} rows in {options.output}", file=sys.stderr)
     return 0
 
 
-def answer(
-    llm: LLM,
-    prompts: Sequence[Prompt],
-    arms: Sequence[Arm],
-    *,
-    max_tokens: int,
-    temperature: float = 0.0,
-    raw: bool = False,
-) -> list[RequestOutput]:
-    """One pass over prompts x arms, arms innermost, so that arms share their prompts' prefixes."""
-    from vllm import SamplingParams, TokensPrompt
-
-    tokenizer = llm.get_tokenizer()
-    seed = llm.llm_engine.model_config.seed if temperature > 0 else None
-    params = [
-        SamplingParams(
-            max_tokens=max_tokens, temperature=temperature, seed=seed, extra_args=arm.extra_args()
-        )
-        for arm in arms
+def _arms(options: argparse.Namespace, circuits: Sequence[str]) -> list[Arm]:
+    """Every circuit at every multiplier, then those given by --arm."""
+    if options.multiplier and not circuits:
+        raise UsageError("--multiplier needs a --circuit NAME=C.json")
+    arms = [
+        steering_arm([(name, multiplier)], options.scope)
+        for name in circuits
+        for multiplier in dict.fromkeys(options.multiplier)
     ]
-    inputs = [TokensPrompt(prompt_token_ids=render(tokenizer, p, raw=raw)) for p in prompts]
-    outputs: list[RequestOutput] = llm.generate(
-        [i for i in inputs for _ in arms], params * len(inputs)
-    )
-    return outputs
+    return arms + [parse_arm(text) for text in options.arm]
 
 
-def _rows(
-    prompts: Sequence[Prompt], arms: Sequence[Arm], outputs: Sequence[RequestOutput]
-) -> Iterator[str]:
-    cells = ((index, prompt, arm) for index, prompt in enumerate(prompts) for arm in arms)
-    for (index, prompt, arm), output in zip(cells, outputs, strict=True):
-        completion = output.outputs[0]
-        row = {
-            "index": index,
-            **prompt.to_dict(),
-            "circuit": arm.circuit,
-            "multiplier": arm.multiplier,
-            "scope": arm.scope,
-            "text": completion.text,
-            "token_ids": list(completion.token_ids),
-            "finish_reason": completion.finish_reason,
-        }
-        yield json.dumps(row, ensure_ascii=False) + "\n"
+def _check_arms(
+    arms: Sequence[Arm], prompts: Sequence[BatchPrompt], circuits: Sequence[str]
+) -> list[Arm]:
+    """The arms of rows that have none of their own; all arms name circuits that are loaded."""
+    steered = [prompt for prompt in prompts if prompt.arm is not None]
+    if steered and arms:
+        raise PromptError(
+            f"{steered[0].source}: has steering of its own; drop it, or --multiplier and --arm"
+        )
+    if not arms and not steered:
+        raise UsageError("name arms: --circuit with --multiplier, or --arm (--arm plain for none)")
+    chosen = list(arms) or [Arm("plain")]
+    check_names(chosen)
+    named = [(f"--arm {arm.name}", arm) for arm in chosen]
+    named += [(prompt.source, prompt.arm) for prompt in steered if prompt.arm is not None]
+    for where, arm in named:
+        for name, _ in arm.circuits:
+            if name not in circuits:
+                raise UsageError(
+                    f"{where}: no circuit is named {show(name)}; add --circuit {name}=C.json"
+                )
+    return chosen
+
+
+def _check_sampling(rows: Sequence[Request], sampling: Mapping[str, Any]) -> None:
+    from cna_vllm.batch.sampling import check_fields, check_requests
+
+    # Of these two, the plan has made numbers of samples and seeds of rows.
+    fields = {name: value for name, value in sampling.items() if name not in ("n", "seed")}
+    check_fields(fields, "sampling")
+    check_requests(rows)
+
+
+def _check_arms_for_engine(rows: Sequence[Request], args: EngineArgs) -> None:
+    """Raises SteeringError for an arm that this engine would not admit."""
+    from cna_vllm.serving.config import CnaConfig
+
+    config = CnaConfig.from_additional_config(args.additional_config)
+    assert config is not None  # add_section has put it there
+    for arm in {row.arm: None for row in rows}:
+        CircuitRequest.from_extra_args(
+            arm.extra_args(),
+            max_multiplier=config.max_multiplier,
+            max_circuits=config.max_circuits_per_request,
+        )
+
+
+def _check_models(rows: Sequence[Request], names: Container[str]) -> None:
+    """Raises PromptError for a row that names another model: an adapter, for instance."""
+    for row in rows:
+        model = row.prompt.model if isinstance(row.prompt, BatchPrompt) else None
+        if model is not None and model not in names:
+            raise PromptError(
+                f"{row.source}: 'model': {show(model)} is not this run's model; remove it "
+                "(adapters are for servers: here, steer with --arm or vllm_xargs)"
+            )
+
+
+def _identity(args: EngineArgs, circuits: Mapping[str, Circuit]) -> dict[str, Any]:
+    import vllm
+
+    engine = {name: getattr(args, name) for name in _ENGINE_IDENTITY}
+    return {
+        **{name: None if value is None else str(value) for name, value in engine.items()},
+        **{f"circuit {name}": circuit.digest for name, circuit in circuits.items()},
+        "cna-vllm": __version__,
+        "vllm": vllm.__version__,
+    }
 
 
 def _parser() -> OptionParser:
-    parser = OptionParser(
-        "generate", "Answer every prompt under every circuit and multiplier.", model="MODEL"
-    )
-    parser.add_argument(
-        "--circuit", action="append", required=True, metavar="NAME=C.json", help="may be repeated"
-    )
-    parser.add_argument(
+    parser = OptionParser("generate", _DESCRIPTION, model="MODEL")
+    add = parser.add_argument
+    add("--circuit", action="append", default=[], metavar="NAME=C.json", help="may be repeated")
+    add(
         "--multiplier",
         nargs="+",
         type=float,
-        required=True,
+        default=[],
         metavar="M",
         help="0 ablates, 1 is the plain model, above 1 amplifies",
     )
-    parser.add_argument(
+    add(
         "--scope",
         choices=SCOPES,
         default=DEFAULT_SCOPE,
         help="steered positions: from the last prompt token on, all, or generated ones only "
         f"(default: {DEFAULT_SCOPE})",
     )
-    parser.add_argument("--input", required=True, metavar="FILE", help=".txt, .jsonl or .csv")
-    parser.add_argument("--column", help="column of a .csv file (default: prompt)")
-    parser.add_argument("--output", required=True, metavar="OUT.jsonl")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT.jsonl")
-    parser.add_argument("--max-tokens", type=positive_int, default=128, metavar="N")
-    parser.add_argument("--temperature", type=_temperature, default=0.0, metavar="T")
-    parser.add_argument("--raw", action="store_true", help="do not apply the chat template")
+    add(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="NAME=CIRCUIT@M[+CIRCUIT@M...][:SCOPE]",
+        help="a further arm, or NAME=plain; may be repeated",
+    )
+    add("--input", required=True, metavar="FILE", help=".txt, .jsonl or .csv, see above")
+    add("--column", help="column of a .csv file (default: prompt)")
+    add("--output", required=True, metavar="OUT.jsonl")
+    add("--overwrite", action="store_true", help="replace OUT.jsonl")
+    add("--restart", action="store_true", help="discard the rows of an unfinished run")
+    add("--raw", action="store_true", help="do not apply the chat template")
+    add_sampling_options(parser)
     return parser
-
-
-def _temperature(text: str) -> float:
-    try:
-        if 0 <= (value := float(text)) < float("inf"):
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least 0")

@@ -45,7 +45,7 @@ DISCOVER = "discover m --positive p.txt --negative p.txt --out o.json"
         ("inspect c.json --save there.json", "there.json: exists"),
         ("inspect c.json --colour", "unrecognized arguments: --colour"),
         ("inspect c.json --top x", "--top"),
-        ("generate m", "required: --circuit, --multiplier, --input, --output"),
+        ("generate m", "required: --input, --output"),
         (f"{GENERATE} --circuit c.json", "write it as NAME=C.json"),
         (f"{GENERATE} --circuit f=c.json", "given twice"),
         (f"{GENERATE} --circuit g=bad.json", "bad.json: 'version'"),

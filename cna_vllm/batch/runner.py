@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers the rows of a batch in one engine, and writes each of them as soon as it is finished.
+
+The engine's own queue is kept a little longer than what it can run at once: it is never idle, it
+always sees the arms of a prompt together, and memory does not grow with the batch.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cna_vllm.batch.partial import BatchError, PartialFile, partial_path
+from cna_vllm.batch.plan import Request, digests
+from cna_vllm.batch.sampling import check_requests, one_line, sampling_params
+from cna_vllm.prompts import PromptError
+from cna_vllm.rendering import render
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput
+
+QUEUED_PER_SLOT = 2  # requests in the engine for each that it can run at once
+_ANSWERED = ("stop", "length", "repetition")
+
+
+def run_batch(
+    llm: LLM,
+    rows: Sequence[Request],
+    path: Path,
+    *,
+    identity: Mapping[str, Any],
+    progress: bool = True,
+) -> None:
+    """Answers what is not yet there, then writes all rows to `path`, in the order of the plan.
+
+    While it runs, finished rows are in `path` + `.partial`, one JSON line each. Called again with
+    equal rows and an equal identity, after whatever ended the first call, it goes on from there.
+    Answers are then those of an uninterrupted run, as far as the engine's do not depend on which
+    requests share a step. A `path` that is there is replaced at the end.
+
+    Args:
+        llm: any offline engine with nothing else to do.
+        identity: what else the answers depend on (model, circuits' digests, versions); JSON types.
+        progress: show a bar on stderr, with tokens/s and the time left.
+
+    Raises:
+        PromptError: a prompt that cannot be rendered or is too long, or sampling that the engine
+            refuses; told before anything is generated.
+        BatchError: the partial file is of another run or in use, or the engine failed a request.
+        KeyboardInterrupt: with a message on how to go on.
+        OSError: the folder cannot be written.
+    """
+    with PartialFile(path, {**identity, **digests(rows)}, len(rows)) as partial:
+        todo = [position for position in range(len(rows)) if position not in partial.done]
+        if partial.dropped:
+            print(f"{partial.path}: dropped a torn end of {partial.dropped} bytes", file=sys.stderr)
+        if todo:
+            try:
+                _answer(llm, rows, todo, partial, progress)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(
+                    f"{len(partial.done)} of {len(rows)} rows are kept in {partial.path}; "
+                    "run the same command again to go on"
+                ) from None
+        partial.finish()
+
+
+def rows_done(rows: Sequence[Request], path: Path, identity: Mapping[str, Any]) -> int:
+    """How many rows an earlier `run_batch` of the same run left; needs no engine.
+
+    Raises:
+        BatchError: the partial file is of another run, or in use.
+    """
+    if not partial_path(path).exists():
+        return 0
+    with PartialFile(path, {**identity, **digests(rows)}, len(rows)) as partial:
+        return len(partial.done)
+
+
+def _answer(
+    llm: LLM, rows: Sequence[Request], todo: Sequence[int], partial: PartialFile, progress: bool
+) -> None:
+    from tqdm import tqdm
+
+    wanted = [rows[position] for position in todo]
+    check_requests(wanted, llm)
+    prompts = _Rendered(llm, wanted)
+    tokens = 0
+    shown = tqdm(
+        total=len(rows),
+        initial=len(rows) - len(todo),
+        unit="row",
+        dynamic_ncols=True,
+        disable=not progress,
+        file=sys.stderr,
+    )
+    finished = _finished(llm, ((p, rows[p]) for p in todo), prompts)
+    with shown as bar, closing(finished) as outputs:
+        for position, output in outputs:
+            answer = _answered(rows[position], output)
+            partial.append(position, answer)
+            tokens += len(answer["token_ids"])
+            if progress and (elapsed := bar.format_dict["elapsed"]) > 0:
+                bar.set_postfix_str(f"{tokens / elapsed:.0f} tokens/s", refresh=False)
+            bar.update()
+
+
+class _Rendered:
+    """Token ids of prompts, each rendered once, all of them checked when it is built."""
+
+    def __init__(self, llm: LLM, requests: Iterable[Request]) -> None:
+        tokenizer, limit = llm.get_tokenizer(), llm.llm_engine.model_config.max_model_len
+        self._ids: dict[tuple[int, bool], list[int]] = {}
+        for request in requests:
+            key = self._key(request)
+            if key in self._ids:
+                continue
+            try:
+                ids = render(tokenizer, request.prompt, raw=request.raw)
+            except ValueError as error:
+                raise PromptError(f"{request.source}: {one_line(error)}") from error
+            if not 0 < len(ids) < limit:
+                raise PromptError(
+                    f"{request.source}: the prompt has {len(ids)} tokens; the engine takes 1 to "
+                    f"{limit - 1} (--max-model-len is {limit})"
+                )
+            self._ids[key] = ids
+
+    def __getitem__(self, request: Request) -> list[int]:
+        return self._ids[self._key(request)]
+
+    def _key(self, request: Request) -> tuple[int, bool]:
+        return id(request.prompt), request.raw
+
+
+def _finished(
+    llm: LLM, requests: Iterator[tuple[int, Request]], prompts: _Rendered
+) -> Generator[tuple[int, RequestOutput], None, None]:
+    """Plan positions and outputs, in the order in which the engine finishes them."""
+    from vllm import TokensPrompt
+    from vllm.exceptions import VLLMClientError
+
+    engine = llm.llm_engine
+    if engine.has_unfinished_requests():
+        raise BatchError("the engine has unfinished requests of others; wait for them first")
+    slots = QUEUED_PER_SLOT * engine.vllm_config.scheduler_config.max_num_seqs
+    running: dict[str, str] = {}
+    try:
+        while True:
+            for position, request in _first(requests, slots - len(running)):
+                prompt = TokensPrompt(prompt_token_ids=prompts[request])
+                (rendered,) = llm.renderer.render_cmpl([prompt])
+                try:
+                    params = sampling_params(request.sampling, request.arm)
+                    running[str(position)] = engine.add_request(str(position), rendered, params)
+                except VLLMClientError as error:
+                    raise BatchError(f"{request.source}: {one_line(error)}") from error
+            if not running:
+                return
+            for output in engine.step():
+                if output.finished:
+                    del running[output.request_id]
+                    yield int(output.request_id), output
+    except (ValueError, OSError, GeneratorExit):  # the engine itself is well: leave it idle
+        engine.abort_request(list(running.values()), internal=True)
+        raise
+
+
+def _first(items: Iterator[Any], count: int) -> Iterator[Any]:
+    return (item for _, item in zip(range(count), items, strict=False))
+
+
+def _answered(request: Request, output: RequestOutput) -> dict[str, Any]:
+    (completion,) = output.outputs
+    if completion.finish_reason not in _ANSWERED:
+        raise BatchError(
+            f"{request.source}: the engine ended it with {completion.finish_reason!r}; "
+            "its log says why"
+        )
+    row = {
+        **request.to_dict(),
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+    }
+    if completion.logprobs is not None:
+        row["logprobs"] = [_logprobs(step) for step in completion.logprobs]
+    if output.prompt_logprobs is not None:
+        row["prompt_logprobs"] = [_logprobs(step) for step in output.prompt_logprobs]
+    return row
+
+
+def _logprobs(step: Mapping[int, Any] | None) -> dict[str, float | None] | None:
+    """Token id -> log probability; JSON has no infinities, so those are null."""
+    if step is None:
+        return None
+    values = ((str(token), value.logprob) for token, value in step.items())
+    return {token: value if math.isfinite(value) else None for token, value in values}
