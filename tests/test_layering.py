@@ -26,6 +26,7 @@ BASE = {
     "rendering",
     "request",
     "request_fields",
+    "vectors",
 }
 ALLOWED = {
     "cna_kernels": {"cna_kernels"},
@@ -62,6 +63,7 @@ EXTERNAL = {
     "request_fields": set(),
     "prompts": set(),
     "rendering": set(),
+    "vectors": {"numpy", "safetensors"},
     "root": set(),
 }
 
