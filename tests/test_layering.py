@@ -35,7 +35,16 @@ ALLOWED = {
     "discovery": {"base", "discovery", "root"},
     "baselines": {"base", "baselines", "discovery", "root"},
     "batch": {"base", "batch"},
-    "evaluation": {"base", "batch", "evaluation", "baselines", "discovery", "root"},
+    "evaluation": {
+        "base",
+        "baselines",
+        "batch",
+        "discovery",
+        "evaluation",
+        "reading",
+        "root",
+        "serving",
+    },
     "reading": {"base", "reading"},
     "bake": {"base", "root"},
     "cli": {

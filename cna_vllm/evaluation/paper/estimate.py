@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an evaluation will cost, told before it starts: requests, tokens, time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cna_vllm.evaluation.paper.settings import Settings
+from cna_vllm.prompts import Prompt
+from cna_vllm.rendering import render
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+_PROBE_REQUESTS = 16
+_PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Load:
+    """Work of one part: requests, their prompt tokens, and the most tokens they may generate."""
+
+    requests: int
+    prompt_tokens: int
+    new_tokens: int
+
+    def __add__(self, other: Load) -> Load:
+        return Load(
+            self.requests + other.requests,
+            self.prompt_tokens + other.prompt_tokens,
+            self.new_tokens + other.new_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of the engine, batched: prompts read, and tokens generated."""
+
+    prompt: float
+    new: float
+
+    def seconds(self, load: Load) -> float:
+        """An upper bound, since answers may end early and prompts share prefixes."""
+        return load.prompt_tokens / self.prompt + load.new_tokens / self.new
+
+
+def loads(settings: Settings, tokenizer: Any) -> dict[str, Load]:
+    """The work of every part of `settings`."""
+
+    def of(prompts: Sequence[Prompt], times: int = 1, new: int = 0) -> Load:
+        tokens = sum(len(render(tokenizer, prompt)) for prompt in prompts)
+        return Load(len(prompts) * times, tokens * times, len(prompts) * times * new)
+
+    every, small = [*settings.harmful, *settings.benign], [*settings.positive, *settings.negative]
+    answer = settings.max_tokens
+    sweep = settings.sweep_prompts
+    arms = len(settings.multipliers)
+    found: dict[str, Load] = {}
+    for part in settings.parts:
+        if part == "jbb":
+            answered = [*settings.limited(settings.harmful), *settings.limited(settings.benign)]
+            found[part] = of(every) + of(answered, 2, answer)
+        elif part == "sweep":
+            found[part] = of(small) + of(sweep, arms, answer)
+        elif part == "caa":
+            found[part] = of(small) + of(sweep, 5, answer)
+        elif part == "strongreject":
+            found[part] = of(settings.limited(settings.forbidden), 2, answer)
+        elif part == "structure":
+            found[part] = of(small)
+        else:
+            found[part] = _mmlu(settings, tokenizer, arms)
+    return found
+
+
+def measure_speed(llm: LLM) -> Speed:
+    """Two short batches of random tokens, plain, on the engine that will run the evaluation."""
+    from vllm import SamplingParams, TokensPrompt
+
+    size = min(128, llm.llm_engine.model_config.max_model_len // 2)
+    vocabulary = llm.llm_engine.model_config.get_vocab_size()
+
+    def run(first: int, new: int) -> float:
+        prompts = [
+            TokensPrompt(
+                prompt_token_ids=[(first + i * size + t) % vocabulary for t in range(size)]
+            )
+            for i in range(_PROBE_REQUESTS)
+        ]
+        params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+        began = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        return time.perf_counter() - began
+
+    run(0, 2)  # whatever is compiled or allocated once
+    prefill = run(7, 1)
+    both = run(11, 1 + _PROBE_TOKENS)
+    decode = max(both - prefill, 1e-3)
+    return Speed(_PROBE_REQUESTS * size / prefill, _PROBE_REQUESTS * _PROBE_TOKENS / decode)
+
+
+def report(found: Mapping[str, Load], speed: Speed | None = None) -> str:
+    """The loads as lines of text, with times where the speed is known."""
+    lines = []
+    for name, load in [*found.items(), ("all", sum(found.values(), Load(0, 0, 0)))]:
+        line = (
+            f"{name:13} {load.requests:7,} requests, {load.prompt_tokens:11,} prompt tokens, "
+            f"at most {load.new_tokens:10,} new tokens"
+        )
+        if speed is not None:
+            line += f", at most {_duration(speed.seconds(load))}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _mmlu(settings: Settings, tokenizer: Any, arms: int) -> Load:
+    from cna_vllm.evaluation.paper.harness import requests
+
+    texts = requests(settings.mmlu_task, settings.mmlu_limit)
+    tokens = sum(len(tokenizer.encode(text)) for text in texts)
+    return Load(len(texts) * arms, tokens * arms, len(texts) * arms)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

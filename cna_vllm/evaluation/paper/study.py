@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model under evaluation: its engine, its circuits and vectors, and the folder that keeps all.
+
+Everything costly is kept as it is made, so that a run that was ended goes on where it stopped:
+circuits and vectors as files, answers row by row, accuracies arm by arm.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cna_vllm.arms import Arm
+from cna_vllm.circuit import Circuit
+from cna_vllm.evaluation.ab import load_metrics, run_ab
+from cna_vllm.evaluation.answers import PromptSet
+from cna_vllm.evaluation.outcomes import Analysis
+from cna_vllm.evaluation.paper.rows import Row
+from cna_vllm.evaluation.paper.settings import EvalError, Settings
+from cna_vllm.evaluation.result import Result
+from cna_vllm.files import write_atomic
+from cna_vllm.prompts import Prompt
+from cna_vllm.vectors import Form, VectorSet
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+SETTINGS_FILE = "settings.json"
+BASE_FILE = "base.json"
+PLAIN = Arm("plain")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The estimates of one A/B test."""
+
+    part: str
+    result: Result
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of its metrics."""
+        return [metric.name for metric in self.result.metrics]
+
+    def row(
+        self,
+        arm: Arm,
+        prompts: str,
+        metric: str,
+        published: float | None = None,
+        bound: str = "",
+    ) -> Row:
+        """One arm's estimate of a metric on a prompt set; empty where nothing could be scored."""
+        what = f"{metric}, {arm.name}"
+        for outcome in self.result.outcomes:
+            if (outcome.metric, outcome.prompt_set) == (metric, prompts):
+                found = next(e for e in outcome.estimates if e.arm == arm.name)
+                low, high = found.interval or (None, None)
+                return Row(self.part, what, found.value, low, high, found.n, published, bound)
+        return Row(self.part, what, None, n=0, published=published, bound=bound)
+
+
+class Study:
+    """Settings, an engine with `record` and room for circuits and vectors, and a folder."""
+
+    def __init__(self, llm: LLM, settings: Settings, folder: Path) -> None:
+        self.llm, self.settings, self.folder = llm, settings, folder
+
+    def circuit(
+        self,
+        name: str,
+        positive: Sequence[Prompt],
+        negative: Sequence[Prompt],
+        *,
+        top_k: int | None = None,
+    ) -> Circuit:
+        """The circuit of a contrast, found once, kept as `NAME.json`, resident as `name`."""
+        from cna_vllm.discovery import discover
+        from cna_vllm.serving.control import list_circuits, load_circuit
+
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            circuit = Circuit.load(path)
+        else:
+            preset: Any = self.settings.preset
+            circuit = discover(self.llm, positive, negative, preset=preset, top_k=top_k)
+            circuit.save(path)
+        if name not in list_circuits(self.llm):
+            load_circuit(self.llm, name, circuit)
+        return circuit
+
+    def vectors(
+        self,
+        name: str,
+        positive: Sequence[Prompt],
+        negative: Sequence[Prompt],
+        *,
+        form: Form,
+        layers: Sequence[int] | None = None,
+    ) -> VectorSet:
+        """The mean differences of a contrast, kept as `NAME.safetensors`, resident as `name`."""
+        from cna_vllm.baselines import discover_vectors
+        from cna_vllm.serving.vector_control import list_vectors, load_vectors
+
+        path = self.folder / f"{name}.safetensors"
+        if path.exists():
+            found = VectorSet.load(path)
+        else:
+            found = discover_vectors(self.llm, positive, negative, form=form, layers=layers)
+            found.save(path)
+        if name not in list_vectors(self.llm):
+            load_vectors(self.llm, name, found)
+        return found
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Greedy, as the reference; of the model's generation config, its repetition penalty,
+        which changes greedy answers too and which the reference applies as well."""
+        penalty = self.llm.get_default_sampling_params().repetition_penalty
+        return {
+            "temperature": 0.0,
+            "max_tokens": self.settings.max_tokens,
+            "repetition_penalty": penalty,
+        }
+
+    def answers(
+        self,
+        part: str,
+        arms: Sequence[Arm],
+        prompts: Mapping[str, Sequence[Prompt]],
+        metrics: Sequence[str],
+    ) -> Figures:
+        """An A/B test of the arms in the folder `part`; prompt sets are named by their tag."""
+        sets = [PromptSet(tag, found, tag) for tag, found in prompts.items()]
+        result = run_ab(
+            self.llm,
+            arms,
+            sets,
+            load_metrics(metrics),
+            out=self.folder / part,
+            sampling=self.sampling,
+            seed=self.settings.seed,
+            analysis=Analysis(seed=self.settings.seed),
+            steering=self._steering(),
+        )
+        return Figures(part, result)
+
+    def _steering(self) -> dict[str, dict[str, Any]]:
+        """What the arms' names stand for, so that answers to other content are not reused."""
+        from cna_vllm.serving.control import list_circuits
+
+        known: dict[str, Any] = dict(list_circuits(self.llm))
+        if "caa" in self.settings.parts:
+            from cna_vllm.serving.vector_control import list_vectors
+
+            known |= list_vectors(self.llm)
+        return {name: {"digest": found.digest} for name, found in known.items()}
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        config = self.llm.llm_engine.model_config
+        return int(config.hf_text_config.num_hidden_layers)
+
+    def base_circuit(self) -> Circuit | None:
+        """The base model's, where it was found before this engine started."""
+        path = self.folder / BASE_FILE
+        return Circuit.load(path) if path.exists() else None
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """JSON from the file `name`, or else what `make()` returns, written there."""
+        path = self.folder / name
+        if path.exists():
+            return json.loads(path.read_text("utf-8"))
+        value = make()
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, [json.dumps(value, indent=1) + "\n"])
+        return value
+
+
+def claim(folder: Path, settings: Settings) -> None:
+    """Makes the folder this evaluation's, or finds that it already is.
+
+    Raises:
+        EvalError: it holds an evaluation with other settings, or other files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / SETTINGS_FILE
+    mine = json.loads(json.dumps(settings.identity()))
+    if not path.exists():
+        if any(folder.iterdir()):
+            raise EvalError(f"--out {folder}: is not empty and no evaluation; name a new folder")
+        write_atomic(path, [json.dumps(mine, indent=1) + "\n"])
+        return
+    try:
+        theirs: Mapping[str, Any] = json.loads(path.read_text("utf-8"))
+        differing = sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k))
+    except (ValueError, AttributeError) as error:
+        raise EvalError(
+            f"--out {folder}: {SETTINGS_FILE} cannot be read; name a new folder"
+        ) from error
+    if differing:
+        raise EvalError(
+            f"--out {folder}: holds an evaluation with other settings ({', '.join(differing)}); "
+            "name a new folder"
+        )
