@@ -5,8 +5,16 @@ Importing this package imports neither vLLM nor transformers nor torch.
 """
 
 from cna_vllm.circuit import Circuit, CircuitError, Neuron
-from cna_vllm.request import SteeringError, steer
+from cna_vllm.request import SteeringError, steer, steer_vector
 
 __version__ = "0.1.0"
 
-__all__ = ["Circuit", "CircuitError", "Neuron", "SteeringError", "__version__", "steer"]
+__all__ = [
+    "Circuit",
+    "CircuitError",
+    "Neuron",
+    "SteeringError",
+    "__version__",
+    "steer",
+    "steer_vector",
+]

@@ -3,27 +3,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cna_vllm.circuit import show
-from cna_vllm.request import DEFAULT_SCOPE, SCOPES, CircuitRequest, SteeringError, steer
+from cna_vllm.request import (
+    DEFAULT_SCOPE,
+    SCOPES,
+    CircuitRequest,
+    SteeringError,
+    steer,
+    steer_vector,
+)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting: circuits with their multipliers at a scope; without circuits the plain model.
+    """One setting: circuits and vectors at a scope; without either the plain model.
 
     Attributes:
         name: what rows and reports call it; unique in a run.
         circuits: (circuit, multiplier) pairs, applied together.
         scope: which positions are steered.
+        vectors: (vector, coefficient) pairs, added together.
     """
 
     name: str
     circuits: tuple[tuple[str, float], ...] = ()
     scope: str = DEFAULT_SCOPE
+    vectors: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         self.extra_args()  # refuses what no engine would take
@@ -34,28 +43,37 @@ class Arm:
         Raises:
             SteeringError: a wrong type or value.
         """
-        if not self.circuits:
+        if self.circuits:
+            steer(list(self.circuits), scope=self.scope)
+        if self.vectors:
+            steer_vector(list(self.vectors), scope=self.scope)
+        if not (self.circuits or self.vectors):
             return {}
-        checked = steer(list(self.circuits), scope=self.scope)
-        return CircuitRequest(self.circuits, checked["cna_scope"]).to_extra_args()
+        return CircuitRequest(self.circuits, self.scope, self.vectors).to_extra_args()
 
     @property
     def dose(self) -> float | None:
         """The multiplier of an arm with one circuit; 1 for the plain model, else None."""
+        if self.vectors:
+            return None
         if not self.circuits:
             return 1.0
         return self.circuits[0][1] if len(self.circuits) == 1 else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Columns of a row: `arm`, `circuit`, `multiplier` (lists for several), `scope`."""
-        names = [name for name, _ in self.circuits]
-        multipliers = [multiplier for _, multiplier in self.circuits]
-        single = len(names) == 1
+        """Columns of a row: `arm`, `circuit`, `multiplier`, `scope`, `vector`, `coefficient`.
+
+        Lists where there are several; None where there is nothing.
+        """
+        circuit, multiplier = _columns(self.circuits)
+        vector, coefficient = _columns(self.vectors)
         return {
             "arm": self.name,
-            "circuit": (names[0] if single else names) if names else None,
-            "multiplier": (multipliers[0] if single else multipliers) if names else None,
-            "scope": self.scope if names else None,
+            "circuit": circuit,
+            "multiplier": multiplier,
+            "scope": self.scope if self.circuits or self.vectors else None,
+            "vector": vector,
+            "coefficient": coefficient,
         }
 
 
@@ -80,10 +98,13 @@ def parse_steering(text: str) -> tuple[tuple[tuple[str, float], ...], str]:
     return tuple(_pair(part, text) for part in body.split("+")), scope
 
 
-def parse_arm(text: str) -> Arm:
+def parse_arm(text: str, vectors: Collection[str] = ()) -> Arm:
     """Reads `NAME=CIRCUIT@M[+CIRCUIT@M...][:SCOPE]`, the same without `NAME=`, or `NAME=plain`.
 
     Without a name the arm is called by its steering, `plain` by that.
+
+    Args:
+        vectors: names that stand for vectors: then the number after `@` is a coefficient.
 
     Raises:
         SteeringError: it has another form, or steering that no engine would take.
@@ -95,7 +116,13 @@ def parse_arm(text: str) -> Arm:
         raise SteeringError("arm", f"{show(text)} has no name; write NAME=CIRCUIT@M[:SCOPE]")
     if steering == "plain":
         return Arm(name)
-    return Arm(name, *parse_steering(steering))
+    pairs, scope = parse_steering(steering)
+    return Arm(
+        name,
+        tuple(pair for pair in pairs if pair[0] not in vectors),
+        scope,
+        tuple(pair for pair in pairs if pair[0] in vectors),
+    )
 
 
 def check_names(arms: Sequence[Arm]) -> None:
@@ -107,6 +134,12 @@ def check_names(arms: Sequence[Arm]) -> None:
         if arm.name in seen:
             raise SteeringError("arm", f"the name {show(arm.name)} is given twice")
         seen.add(arm.name)
+
+
+def _columns(pairs: Sequence[tuple[str, float]]) -> tuple[Any, Any]:
+    if len(pairs) == 1:
+        return pairs[0]
+    return ([n for n, _ in pairs], [x for _, x in pairs]) if pairs else (None, None)
 
 
 def _pair(part: str, whole: str) -> tuple[str, float]:

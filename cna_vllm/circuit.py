@@ -78,7 +78,7 @@ class Circuit:
 
     def __post_init__(self) -> None:
         for name in ("model", "dtype", "created"):
-            _check_text(name, getattr(self, name))
+            check_text(name, getattr(self, name))
         if not self.model:
             raise CircuitError("'model' must not be empty")
         if not (isinstance(self.architecture, str) and self.architecture.isidentifier()):
@@ -86,15 +86,15 @@ class Circuit:
                 f"'architecture' must be a class name such as 'LlamaForCausalLM', "
                 f"not {show(self.architecture)}"
             )
-        _check_time(self.created)
-        _check_size("num_layers", self.num_layers, MAX_LAYERS)
-        _check_size("intermediate_size", self.intermediate_size, MAX_INTERMEDIATE_SIZE)
+        check_time(self.created)
+        check_size("num_layers", self.num_layers, MAX_LAYERS)
+        check_size("intermediate_size", self.intermediate_size, MAX_INTERMEDIATE_SIZE)
         for name in ("method", "prompts", "tools"):
-            object.__setattr__(self, name, _plain_json(name, getattr(self, name)))
+            object.__setattr__(self, name, plain_json(name, getattr(self, name)))
         if not isinstance(self.notes, list | tuple):
             raise CircuitError(f"'notes' must be a list of strings, not {show(self.notes)}")
         for note in self.notes:
-            _check_text("notes", note)
+            check_text("notes", note)
         object.__setattr__(self, "notes", tuple(self.notes))
         neurons = _checked_neurons(self.neurons, self.num_layers, self.intermediate_size)
         object.__setattr__(self, "neurons", neurons)
@@ -257,13 +257,13 @@ def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_text(name: str, value: object) -> None:
+def check_text(name: str, value: object) -> None:
     # Printable, so that messages and tables that quote it stay on one line.
     if not isinstance(value, str) or not value.isprintable():
         raise CircuitError(f"{name!r} must be printable text on one line, not {show(value)}")
 
 
-def _check_time(created: str) -> None:
+def check_time(created: str) -> None:
     try:
         if created:
             datetime.fromisoformat(created)
@@ -275,12 +275,12 @@ def _describe(model: str, architecture: str, num_layers: int, intermediate_size:
     return f"{model!r} ({architecture}, {num_layers} layers, intermediate size {intermediate_size})"
 
 
-def _check_size(name: str, value: object, limit: int) -> None:
+def check_size(name: str, value: object, limit: int) -> None:
     if not is_int(value) or not 1 <= value <= limit:  # type: ignore[operator]
         raise CircuitError(f"{name!r} must be an integer from 1 to {limit}, not {show(value)}")
 
 
-def _plain_json(name: str, value: object) -> dict[str, Any]:
+def plain_json(name: str, value: object) -> dict[str, Any]:
     """A deep copy of JSON types only, so that it equals what a file or another process gives."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise CircuitError(f"{name!r} must be an object with string keys")

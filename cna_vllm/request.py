@@ -8,44 +8,58 @@ share, so a name that is later given to another circuit changes nothing for runn
 
 from __future__ import annotations
 
-import difflib
-import math
-import numbers
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cna_vllm.circuit import is_int, show
+from cna_vllm.circuit import show
+from cna_vllm.request_fields import (
+    CIRCUITS,
+    DEFAULT_SCOPE,
+    FIELD_CIRCUIT,
+    FIELD_COEFFICIENT,
+    FIELD_MULTIPLIER,
+    FIELD_PREFIX,
+    FIELD_RECORD,
+    FIELD_SCOPE,
+    FIELD_VECTOR,
+    FIELDS,
+    FLOAT32_MAX,
+    MAX_NAME_LENGTH,
+    RESOLVED_FIELD,
+    SCOPES,
+    VECTORS,
+    Kind,
+    Pairs,
+    SteeringError,
+    checked_scope,
+    own_fields,
+)
 
-FIELD_PREFIX = "cna_"
-FIELD_CIRCUIT = "cna_circuit"
-FIELD_MULTIPLIER = "cna_multiplier"
-FIELD_SCOPE = "cna_scope"
-FIELD_RECORD = "cna_record"  # discovery only; admission takes it out before parsing
-RESOLVED_FIELD = "cna_resolved"  # what admission puts in the place of the client's fields
-SCOPES = ("last", "all", "generated")
-DEFAULT_SCOPE = "last"
-MAX_NAME_LENGTH = 128
-FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
+__all__ = [
+    "DEFAULT_SCOPE",
+    "FIELDS",
+    "FIELD_CIRCUIT",
+    "FIELD_COEFFICIENT",
+    "FIELD_MULTIPLIER",
+    "FIELD_PREFIX",
+    "FIELD_RECORD",
+    "FIELD_SCOPE",
+    "FIELD_VECTOR",
+    "FLOAT32_MAX",
+    "MAX_NAME_LENGTH",
+    "RESOLVED_FIELD",
+    "SCOPES",
+    "CircuitRequest",
+    "Steering",
+    "SteeringError",
+    "resolve",
+    "steer",
+    "steer_vector",
+]
 
-FIELDS = (FIELD_CIRCUIT, FIELD_MULTIPLIER, FIELD_SCOPE)
-
-
-class SteeringError(ValueError):
-    """A request that cannot be steered as it asks: one line with the field and the fix.
-
-    Attributes:
-        field: the request field at fault, for example `cna_multiplier`.
-    """
-
-    def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"{field}: {problem}")
-        self.field = field
-        self.problem = problem
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.field, self.problem)  # it crosses process borders
+NO_LIMIT = 2**31
 
 
 def steer(
@@ -66,27 +80,46 @@ def steer(
     Raises:
         SteeringError: a wrong type or value. Limits of the engine are checked at admission.
     """
-    if isinstance(circuit, str):
-        if multiplier is None:
-            raise SteeringError(FIELD_MULTIPLIER, f"missing; give one for circuit {show(circuit)}")
-        fields = {FIELD_CIRCUIT: circuit, FIELD_MULTIPLIER: _as_float(multiplier)}
-    else:
-        if multiplier is not None:
-            raise SteeringError(
-                FIELD_MULTIPLIER, "give either (name, multiplier) pairs or one name and multiplier"
-            )
-        fields = _fields_of_pairs(circuit)
-    fields[FIELD_SCOPE] = scope
-    CircuitRequest.from_extra_args(fields, max_multiplier=FLOAT32_MAX, max_circuits=2**31)
+    return _fields(CIRCUITS, circuit, multiplier, scope)
+
+
+def steer_vector(
+    vector: str | Sequence[tuple[str, float]],
+    coefficient: float | None = None,
+    *,
+    scope: str = DEFAULT_SCOPE,
+) -> dict[str, Any]:
+    """`extra_args` of `SamplingParams` that add one steering vector, or several together.
+
+    With circuits on the same request, of the same scope: `{**steer(...), **steer_vector(...)}`.
+
+    Args:
+        vector: name of a vector the engine knows, or a list of (name, coefficient) pairs.
+        coefficient: what the vector is multiplied by before it is added; 0 changes nothing, a
+            negative one steers the other way. Only with a single name.
+        scope: as for `steer`.
+
+    Raises:
+        SteeringError: a wrong type or value. Limits of the engine are checked at admission.
+    """
+    return _fields(VECTORS, vector, coefficient, scope)
+
+
+def _fields(
+    kind: Kind, names: str | Sequence[tuple[str, float]], number: float | None, scope: str
+) -> dict[str, Any]:
+    fields = {**kind.fields_of(names, number), FIELD_SCOPE: scope}
+    CircuitRequest.from_extra_args(fields, max_multiplier=FLOAT32_MAX, max_circuits=NO_LIMIT)
     return fields
 
 
 @dataclass(frozen=True)
 class CircuitRequest:
-    """Which circuits, by name, with which multipliers, at which positions."""
+    """Which circuits and vectors, by name, with which multipliers and coefficients, and where."""
 
-    circuits: tuple[tuple[str, float], ...]
+    circuits: Pairs = ()
     scope: str = DEFAULT_SCOPE
+    vectors: Pairs = ()
 
     @classmethod
     def from_extra_args(
@@ -95,59 +128,60 @@ class CircuitRequest:
         *,
         max_multiplier: float,
         max_circuits: int,
+        max_vectors: int = NO_LIMIT,
     ) -> CircuitRequest | None:
         """Parses a client's fields; `None` where no field starts with `cna_`.
 
         Args:
-            max_multiplier: largest absolute value of a multiplier.
+            max_multiplier: largest absolute value of a multiplier or coefficient.
             max_circuits: most circuits on one request.
+            max_vectors: most vectors on one request.
 
         Raises:
             SteeringError: anything else than well-formed steering. Nothing is corrected silently.
         """
-        mine = {k: v for k, v in (extra_args or {}).items() if _is_mine(k)}
+        mine = own_fields(extra_args)
         if not mine:
             return None
-        for name in mine:
-            if name not in FIELDS:
-                raise SteeringError(name, _unknown(name))
-        for name, other in ((FIELD_CIRCUIT, FIELD_MULTIPLIER), (FIELD_MULTIPLIER, FIELD_CIRCUIT)):
-            if name not in mine:
-                present = other if other in mine else FIELD_SCOPE
-                raise SteeringError(name, f"missing, but {present} is there; give both or neither")
-        names, multipliers = _parallel_lists(mine[FIELD_CIRCUIT], mine[FIELD_MULTIPLIER])
-        if len(names) > max_circuits:
-            raise SteeringError(
-                FIELD_CIRCUIT, f"{len(names)} circuits on one request; at most {max_circuits}"
-            )
-        pairs = tuple(
-            (_checked_name(name), _checked_multiplier(multiplier, max_multiplier))
-            for name, multiplier in zip(names, multipliers, strict=True)
-        )
-        return cls(pairs, _checked_scope(mine.get(FIELD_SCOPE, DEFAULT_SCOPE)))
+        circuits: Pairs = ()
+        vectors: Pairs = ()
+        if VECTORS.is_in(mine):
+            vectors = VECTORS.parse(mine, limit=max_multiplier, most=max_vectors)
+        if CIRCUITS.is_in(mine) or not vectors:
+            circuits = CIRCUITS.parse(mine, limit=max_multiplier, most=max_circuits)
+        return cls(circuits, checked_scope(mine.get(FIELD_SCOPE, DEFAULT_SCOPE)), vectors)
 
     def to_extra_args(self) -> dict[str, Any]:
         """The fields `from_extra_args` reads back: scalars for one circuit, else flat lists."""
-        names = [name for name, _ in self.circuits]
-        multipliers = [multiplier for _, multiplier in self.circuits]
-        single = len(names) == 1
         return {
-            FIELD_CIRCUIT: names[0] if single else names,
-            FIELD_MULTIPLIER: multipliers[0] if single else multipliers,
+            **(CIRCUITS.write(self.circuits) if self.circuits or not self.vectors else {}),
+            **(VECTORS.write(self.vectors) if self.vectors else {}),
             FIELD_SCOPE: self.scope,
         }
 
 
 @dataclass(frozen=True)
 class Steering:
-    """Resolved steering: (content digest, float32 multiplier other than 1), sorted, and a scope."""
+    """Resolved steering: sorted (content digest, float32 number) pairs, and a scope.
 
-    pairs: tuple[tuple[str, float], ...]
+    Attributes:
+        pairs: circuits with multipliers other than 1.
+        vectors: vectors with coefficients other than 0, added in this order.
+    """
+
+    pairs: Pairs
     scope: str = DEFAULT_SCOPE
+    vectors: Pairs = ()
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Everything it needs a worker to hold."""
+        return tuple(digest for digest, _ in (*self.pairs, *self.vectors))
 
     def to_field(self) -> dict[str, Any]:
         """The value of `cna_resolved`: JSON and msgpack types only."""
-        return {"circuits": [[digest, m] for digest, m in self.pairs], "scope": self.scope}
+        field: dict[str, Any] = {"circuits": [list(p) for p in self.pairs], "scope": self.scope}
+        return {**field, "vectors": [list(p) for p in self.vectors]} if self.vectors else field
 
     @classmethod
     def from_field(cls, value: Any) -> Steering:
@@ -156,18 +190,13 @@ class Steering:
         Raises:
             SteeringError: the value has another shape.
         """
-        if not isinstance(value, Mapping) or set(value) != {"circuits", "scope"}:
+        if not isinstance(value, Mapping) or set(value) - {"vectors"} != {"circuits", "scope"}:
             raise SteeringError(RESOLVED_FIELD, f"malformed: {show(value)}")
-        entries = value["circuits"]
-        if not isinstance(entries, list | tuple) or not entries:
-            raise SteeringError(RESOLVED_FIELD, f"malformed circuits: {show(entries)}")
-        pairs = []
-        for entry in entries:
-            if not isinstance(entry, list | tuple) or len(entry) != 2:
-                raise SteeringError(RESOLVED_FIELD, f"malformed pair: {show(entry)}")
-            name = _checked_name(entry[0])
-            pairs.append((name, _checked_multiplier(entry[1], FLOAT32_MAX)))
-        return cls(tuple(pairs), _checked_scope(value["scope"]))
+        pairs = _resolved_pairs(CIRCUITS, value["circuits"])
+        vectors = _resolved_pairs(VECTORS, value.get("vectors", ()))
+        if not pairs and not vectors:
+            raise SteeringError(RESOLVED_FIELD, "malformed: steers nothing")
+        return cls(pairs, checked_scope(value["scope"]), vectors)
 
     def first_position(self, prompt_len: int) -> int:
         """First steered absolute position; `prompt_len` counts the original prompt's tokens."""
@@ -178,111 +207,49 @@ class Steering:
     def cache_key(self, first_position: int) -> str:
         """Equal for two requests only if they steer every position from the first one on alike."""
         circuits = ",".join(f"{digest}*{m.hex()}" for digest, m in self.pairs)
-        return f"cna:{self.scope}@{first_position}:{circuits}"
+        vectors = "".join(f"+{digest}*{c.hex()}" for digest, c in self.vectors)
+        return f"cna:{self.scope}@{first_position}:{circuits}{vectors}"
 
 
-def resolve(request: CircuitRequest, lookup: Callable[[str], str]) -> Steering | None:
+def resolve(
+    request: CircuitRequest,
+    lookup: Callable[[str], str],
+    lookup_vector: Callable[[str], str] | None = None,
+) -> Steering | None:
     """Names to digests, in the canonical form that equal steering shares.
 
-    Multipliers are rounded to float32, the precision the kernel applies; circuits whose multiplier
-    is then exactly 1 are dropped. `None` means a plain request.
+    Numbers are rounded to float32, the precision the kernels apply; circuits whose multiplier is
+    then exactly 1, and vectors whose coefficient is 0, are dropped. `None` means a plain request.
 
     Args:
         lookup: digest of a circuit's current content; what it raises for an unknown name is
             passed on, also for a circuit whose multiplier is 1.
+        lookup_vector: the same of a vector; None where the engine has none.
     """
+    if request.vectors and lookup_vector is None:
+        raise SteeringError(
+            FIELD_VECTOR, "this engine was started without vectors; start it with cna.max_vectors"
+        )
     pairs = [(lookup(name), _to_float32(multiplier)) for name, multiplier in request.circuits]
-    steered = sorted(pair for pair in pairs if pair[1] != 1.0)
-    return Steering(tuple(steered), request.scope) if steered else None
+    vectors = [
+        (lookup_vector(name), _to_float32(coefficient))
+        for name, coefficient in request.vectors
+        if lookup_vector is not None
+    ]
+    steered = tuple(sorted(pair for pair in pairs if pair[1] != 1.0))
+    added = tuple(sorted(pair for pair in vectors if pair[1] != 0.0))
+    return Steering(steered, request.scope, added) if steered or added else None
 
 
-def _is_mine(key: object) -> bool:
-    return isinstance(key, str) and key.startswith(FIELD_PREFIX)
-
-
-def _unknown(name: str) -> str:
-    if name in (RESOLVED_FIELD, FIELD_RECORD):
-        return "is set by the server only; remove it"
-    close = difflib.get_close_matches(name[:MAX_NAME_LENGTH], FIELDS, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(FIELDS)}"
-    return f"unknown field; {hint}"
-
-
-def _fields_of_pairs(pairs: Sequence[tuple[str, float]]) -> dict[str, Any]:
-    names, multipliers = [], []
-    if not isinstance(pairs, list | tuple):
-        raise SteeringError(
-            FIELD_CIRCUIT,
-            f"must be a name or a list of (name, multiplier) pairs, not {show(pairs)}",
-        )
-    for pair in pairs:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise SteeringError(FIELD_CIRCUIT, f"{show(pair)} is not a (name, multiplier) pair")
-        names.append(pair[0])
-        multipliers.append(_as_float(pair[1]))
-    return {FIELD_CIRCUIT: names, FIELD_MULTIPLIER: multipliers}
-
-
-def _as_float(value: Any) -> Any:
-    """Other real numbers, NumPy's for instance, as a plain float; the rest unchanged."""
-    if isinstance(value, numbers.Real) and not isinstance(value, int | float):
-        return float(value)
-    return value
-
-
-def _parallel_lists(names: Any, multipliers: Any) -> tuple[list[Any], list[Any]]:
-    if not isinstance(names, list | tuple):
-        if isinstance(multipliers, list | tuple):
-            raise SteeringError(
-                FIELD_MULTIPLIER, f"is a list, but {FIELD_CIRCUIT} is not; make both lists"
-            )
-        return [names], [multipliers]
-    if not isinstance(multipliers, list | tuple):
-        raise SteeringError(
-            FIELD_MULTIPLIER, f"must be a list of {len(names)} numbers, one for each circuit"
-        )
-    if len(names) != len(multipliers):
-        raise SteeringError(
-            FIELD_MULTIPLIER,
-            f"{len(multipliers)} multipliers for {len(names)} circuits; "
-            "the lists must be of equal length",
-        )
-    if not names:
-        raise SteeringError(FIELD_CIRCUIT, "is an empty list; name a circuit or omit the field")
-    return list(names), list(multipliers)
-
-
-def _checked_name(name: Any) -> str:
-    if not isinstance(name, str):
-        raise SteeringError(FIELD_CIRCUIT, f"must be a circuit's name, not {show(name)}")
-    if not 1 <= len(name) <= MAX_NAME_LENGTH:
-        raise SteeringError(
-            FIELD_CIRCUIT, f"a name has 1 to {MAX_NAME_LENGTH} characters, not {len(name)}"
-        )
-    return name
-
-
-def _checked_multiplier(value: Any, limit: float) -> float:
-    if not (isinstance(value, float) or is_int(value)):
-        raise SteeringError(FIELD_MULTIPLIER, f"must be a number, not {show(value)}")
-    try:
-        multiplier = float(value)
-    except OverflowError:
-        multiplier = math.inf
-    if not math.isfinite(multiplier):
-        raise SteeringError(FIELD_MULTIPLIER, f"must be finite, not {show(value)}")
-    limit = min(limit, FLOAT32_MAX)
-    if abs(multiplier) > limit:
-        raise SteeringError(
-            FIELD_MULTIPLIER, f"{multiplier:g} is over the limit; use -{limit:g} to {limit:g}"
-        )
-    return multiplier
-
-
-def _checked_scope(scope: Any) -> str:
-    if isinstance(scope, str) and scope in SCOPES:
-        return scope
-    raise SteeringError(FIELD_SCOPE, f"must be one of {', '.join(SCOPES)}, not {show(scope)}")
+def _resolved_pairs(kind: Kind, entries: Any) -> Pairs:
+    if not isinstance(entries, list | tuple):
+        raise SteeringError(RESOLVED_FIELD, f"malformed {kind.noun}s: {show(entries)}")
+    pairs = []
+    for entry in entries:
+        if not isinstance(entry, list | tuple) or len(entry) != 2:
+            raise SteeringError(RESOLVED_FIELD, f"malformed pair: {show(entry)}")
+        pairs.append((kind.checked_name(entry[0]), kind.checked_number(entry[1], FLOAT32_MAX)))
+    return tuple(pairs)
 
 
 def _to_float32(value: float) -> float:

@@ -182,6 +182,15 @@ class _Steps:
 
         return status(self.llm)
 
+    def self_test(self) -> list[dict[str, Any]]:
+        from cna_vllm.serving.selftest import self_test
+
+        return [vars(check) for check in self_test(self.llm)]
+
+    def run(self, code: str) -> None:
+        """Python source that sees the engine as ``llm``."""
+        exec(code, {"llm": self.llm})
+
     def metric(self, name: str) -> int:
         return int(sum(m.value for m in self.llm.get_metrics() if m.name == name))
 

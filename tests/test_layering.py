@@ -25,6 +25,8 @@ BASE = {
     "prompts",
     "rendering",
     "request",
+    "request_fields",
+    "vectors",
 }
 ALLOWED = {
     "cna_kernels": {"cna_kernels"},
@@ -58,8 +60,10 @@ EXTERNAL = {
     "circuit_file": set(),
     "files": set(),
     "request": set(),
+    "request_fields": set(),
     "prompts": set(),
     "rendering": set(),
+    "vectors": {"numpy", "safetensors"},
     "root": set(),
 }
 

@@ -103,7 +103,7 @@ def sampling_params(fields: Mapping[str, Any], arm: Arm | None = None) -> Sampli
         field = named[0]["loc"][1] if len(named[0]["loc"]) > 1 else "fields"
         raise ValueError(f"{field}: {named[0]['msg']}") from error
     params.output_kind = RequestOutputKind.FINAL_ONLY
-    if arm is not None and arm.circuits:
+    if arm is not None:
         params.extra_args = {**(params.extra_args or {}), **arm.extra_args()}
     return params
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "serve": "vLLM's OpenAI server, with circuits and adapters",
     "bake": "write a checkpoint with a circuit in effect, for engines without the plugin",
     "demo": "the whole story on a small real model",
+    "doctor": "what works on this machine, and why not",
 }
 
 

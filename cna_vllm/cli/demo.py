@@ -20,6 +20,7 @@ from cna_vllm.models import DEFAULT_MODEL
 from cna_vllm.prompts import Prompt, read_prompts
 from cna_vllm.reading.profile import strongest
 from cna_vllm.reading.report import neurons_text, profile_text, readings_text
+from cna_vllm.serving.check import Check
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -43,15 +44,6 @@ _STRONGEST = 6
 class Reply:
     text: str
     token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One promise of the demo, what was seen, and whether it holds."""
-
-    claim: str
-    seen: str
-    holds: bool
 
 
 def run(argv: list[str]) -> int:
@@ -94,7 +86,7 @@ def run(argv: list[str]) -> int:
     print(f"\n{_table(heldout[:_SHOWN], replies)}")
     checks = _checks(replies, mixed[len(jobs) :], alone)
     for check in checks:
-        print(f"{'ok  ' if check.holds else 'FAIL'}  {check.claim}: {check.seen}")
+        print(check)
     return 0 if all(check.holds for check in checks) else 1
 
 

@@ -75,24 +75,36 @@ def parse_engine_args(
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.platforms import current_platform
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    class EngineParser(FlexibleArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UsageError(f"{message}; see cna-vllm {command} --help")
-
-    parser = EngineParser(prog=f"cna-vllm {command}")
+    parser = flag_parser(command)
     parser.add_argument("model_tag", nargs="?", metavar="MODEL")
     EngineArgs.add_cli_args(parser)
     parser.set_defaults(model=None, disable_log_stats=True)
-    if current_platform.is_cpu():
-        # Compiling takes minutes on a CPU and gains about a tenth; --no-enforce-eager asks for it.
-        # vLLM would claim nine tenths of all memory and not start where that is not free.
-        parser.set_defaults(enforce_eager=True, gpu_memory_utilization=0.5, **(cpu_defaults or {}))
+    set_cpu_defaults(parser, **(cpu_defaults or {}))
     namespace = parser.parse_args(list(argv))
     model = namespace.model_tag or namespace.model or default_model
     if model is None:
         parser.error("name a model: a folder, a hub id, or smollm2")
     namespace.model = resolve_model(model)
     return EngineArgs.from_cli_args(namespace)
+
+
+def flag_parser(command: str) -> Any:
+    """vLLM's `FlexibleArgumentParser`; a mistake raises UsageError."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class FlagParser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(f"{message}; see cna-vllm {command} --help")
+
+    return FlagParser(prog=f"cna-vllm {command}")
+
+
+def set_cpu_defaults(parser: Any, **more: Any) -> None:
+    """On a CPU, what its vLLM needs to start soon and beside other programs."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        # Compiling takes minutes on a CPU and gains about a tenth; --no-enforce-eager asks for it.
+        # vLLM would claim nine tenths of all memory and not start where that is not free.
+        parser.set_defaults(enforce_eager=True, gpu_memory_utilization=0.5, **more)

@@ -7,7 +7,7 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from cna_vllm.circuit import Circuit, CircuitError
 from cna_vllm.circuit_file import read_json
@@ -110,17 +110,11 @@ def _folder(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 def _server_args(argv: Sequence[str]) -> argparse.Namespace:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.platforms import current_platform
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    class ServerParser(FlexibleArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UsageError(f"{message}; see cna-vllm serve --help")
+    from cna_vllm.cli.engine_args import flag_parser, set_cpu_defaults
 
-    parser = make_arg_parser(ServerParser(prog="cna-vllm serve"))
-    if current_platform.is_cpu():
-        # As for the other commands; see cli/engine_args.py.
-        parser.set_defaults(enforce_eager=True, gpu_memory_utilization=0.5)
+    parser = make_arg_parser(flag_parser("serve"))
+    set_cpu_defaults(parser)
     args: argparse.Namespace = parser.parse_args(list(argv))
     model = args.model_tag or args.model
     resolved = resolve_model(model)

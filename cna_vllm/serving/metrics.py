@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from cna_vllm.request import FIELD_CIRCUIT, FIELDS, RESOLVED_FIELD, SteeringError
 from cna_vllm.serving.admission import Admission, admit_or_refuse
@@ -23,37 +23,48 @@ OTHER = "other"
 class ControlMetrics:
     """What one API server process counts; made once a process, see ``control_metrics``."""
 
-    def __init__(self) -> None:
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self.requests = Counter(
-            "cna:steered_requests", "Steered requests that were admitted, by circuit.", ["circuit"]
+            "cna:steered_requests",
+            "Steered requests that were admitted, by circuit.",
+            ["circuit"],
+            registry=registry,
         )
         self.refused = Counter(
-            "cna:refused_requests", "Requests refused for their steering fields.", ["field"]
+            "cna:refused_requests",
+            "Requests refused for their steering fields.",
+            ["field"],
+            registry=registry,
         )
         self.steered_tokens = Counter(
             "cna:steered_tokens",
             "Token rows that workers steered, by circuit (of one rank).",
             ["circuit"],
+            registry=registry,
         )
         self.resident = Gauge(
             "cna:resident_circuits",
             "Circuits that requests may use.",
             multiprocess_mode="mostrecent",
+            registry=registry,
         )
         self.table_bytes = Gauge(
             "cna:table_bytes",
             "Memory of the resident table on one rank.",
             multiprocess_mode="mostrecent",
+            registry=registry,
         )
         self.actions = Counter(
             "cna:control_actions",
             "Control actions by outcome: done, refused, failed.",
             ["action", "outcome"],
+            registry=registry,
         )
         self.load_seconds = Histogram(
             "cna:circuit_load_seconds",
             "Time to load a circuit on every worker and write it to the registry.",
             buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+            registry=registry,
         )
         self._labels: set[str] = set()
         self._counted: dict[str, int] = {}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cna_kernels import backend
 from cna_vllm.circuit import Circuit
 from cna_vllm.request import FIELD_RECORD, RESOLVED_FIELD, Steering
 from cna_vllm.serving.activation import SteeredActAndMul
@@ -118,9 +119,12 @@ class SteeringRuntime:
     def status(self) -> dict[str, Any]:
         """What is hooked and resident, and how many token rows were steered, by digest.
 
+        kernel: which implementation the layers call; see ``cna_kernels.backend``.
         routed_experts: what the model has and no circuit reaches, by path.
         """
         return {
+            "device": str(self.table.device),
+            "kernel": backend(self.table.device),
             "layers": list(self.layers),
             "routed_experts": list(self._routed_experts),
             "circuits": list(self.table.loaded()),

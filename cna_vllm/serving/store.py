@@ -89,7 +89,8 @@ class RegistryStore:
             circuit.save(self._path(circuit.digest))
 
     def write(self, contents: Contents) -> None:
-        """Replaces the manifest and removes circuits that it does not name; hold the lock."""
+        """Replaces the manifest and removes circuits that it does not name, and what a writer that
+        was killed left; hold the lock."""
         data = {
             "format": FORMAT,
             "version": VERSION,
@@ -98,6 +99,8 @@ class RegistryStore:
         }
         write_atomic(self._manifest, [json.dumps(data, indent=1) + "\n"])
         kept = {self._path(digest) for digest in contents.circuits.values()}
+        for left in self._directory.glob(f".{self._manifest.name}.*"):
+            left.unlink()
         for path in self._circuits.iterdir():
             if path not in kept:
                 path.unlink(missing_ok=True)

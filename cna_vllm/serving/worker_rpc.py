@@ -40,8 +40,10 @@ def cna_unload(worker: Any, digest: str) -> bool:
 
 
 def cna_status(worker: Any) -> dict[str, Any]:
-    """See ``SteeringRuntime.status``."""
-    return _runtime(worker).status()
+    """See ``SteeringRuntime.status``; and which model runner the worker has, "V1" or "V2"."""
+    from cna_vllm.serving.seams.worker import runner_of
+
+    return {"runner": runner_of(worker), **_runtime(worker).status()}
 
 
 def cna_start_recording(worker: Any, plan: Mapping[str, Any]) -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused gated activation that scales chosen channels row by row."""
+"""Fused gated activation that scales chosen channels row by row; vectors added row by row."""
 
 from cna_kernels.activations import DTYPES, EAGER
-from cna_kernels.library import act_and_mul_scaled
+from cna_kernels.add_vectors import add_vectors, add_vectors_reference
+from cna_kernels.library import act_and_mul_scaled, backend
 from cna_kernels.record_rows import record_rows, record_rows_reference
 from cna_kernels.reference import (
     act_and_mul_scaled_reference,
@@ -17,6 +18,9 @@ __all__ = [
     "EAGER",
     "act_and_mul_scaled",
     "act_and_mul_scaled_reference",
+    "add_vectors",
+    "add_vectors_reference",
+    "backend",
     "check_tables",
     "mask_width",
     "pack_mask",

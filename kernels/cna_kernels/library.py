@@ -39,6 +39,13 @@ torch.library.register_fake("cna::act_and_mul_scaled", _fake, lib=_LIBRARY)
 _OP: Final = torch.ops.cna.act_and_mul_scaled.default
 
 
+def backend(device: torch.device) -> str:
+    """Which implementation the op has on a device: "cuda", "cpu" or "interpreter"."""
+    if device.type != "cpu":
+        return device.type
+    return "interpreter" if INTERPRETED else "cpu"
+
+
 def act_and_mul_scaled(
     x: Tensor,
     row_arm: Tensor,

@@ -105,6 +105,31 @@ def make_x(
     return x.to(dtype)[:, : 2 * width]
 
 
+class VectorTables(NamedTuple):
+    row_arm: Tensor
+    arm_vectors: Tensor
+    arm_coefficients: Tensor
+    vectors: Tensor
+
+
+def make_vectors(width: int, routing: str, rows: int) -> VectorTables:
+    """Six arms of two slots: none, either, both, the same vector twice; every sign."""
+    generator = torch.Generator().manual_seed(width)
+    arm_vectors = [[0, -1], [2, 1], [-1, -1], [-1, 2], [1, 1], [0, 2]]
+    coefficients = [[1.0, 7.0], [-0.3, 1.7], [3.0, 5.0], [9.0, -1.0], [0.1, 1e4], [0.0, -0.0]]
+    return VectorTables(
+        make_row_arm(routing, rows, len(arm_vectors)),
+        torch.tensor(arm_vectors, dtype=torch.int32),
+        torch.tensor(coefficients),
+        torch.randn(3, width, generator=generator),
+    )
+
+
+def make_hidden(width: int, rows: int, dtype: torch.dtype, *, pad: int = 0) -> Tensor:
+    """[rows, width] with row stride width + pad, infinities, NaN and both zeros among it."""
+    return make_x(width + pad, rows, dtype, hostile=True)[:, :width]
+
+
 def inside_circuits(tables: Tables, rows: int, width: int) -> Tensor:
     """bool [rows, width]: whether a circuit of the row's arm holds the channel."""
     zeroing = tables._replace(arm_multipliers=torch.zeros_like(tables.arm_multipliers))

@@ -14,10 +14,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cna_kernels import DTYPES, EAGER, act_and_mul_scaled, scale_reference
+from cna_kernels import (
+    DTYPES,
+    EAGER,
+    act_and_mul_scaled,
+    add_vectors,
+    add_vectors_reference,
+    scale_reference,
+)
 from cna_kernels.act_and_mul_scaled import INTERPRETED
 from cna_kernels.activations import ACCURATE
-from tests.kernels.cases import ROUTINGS, WIDTHS, bits, make_tables, make_x, same
+from tests.kernels.cases import (
+    ROUTINGS,
+    WIDTHS,
+    bits,
+    make_hidden,
+    make_tables,
+    make_vectors,
+    make_x,
+    same,
+)
 
 ROWS: Final = 5
 
@@ -34,6 +50,8 @@ class Case(NamedTuple):
 
 
 CASES: Final = [Case(*values) for values in product(DTYPES, sorted(EAGER), WIDTHS, ROUTINGS)]
+
+VECTOR_CASES: Final = list(product(DTYPES, (1536, 7, 1000), ROUTINGS))
 
 EVERY_GATE: Final = list(product((torch.float16, torch.bfloat16), sorted(EAGER)))
 
@@ -86,6 +104,15 @@ def check_steered(case: Case) -> None:
     assert same(out, scale_reference(plain, *tables)), "steered output"
 
 
+def check_vectors(dtype: torch.dtype, width: int, routing: str) -> None:
+    """Equal to the reference to the bit, in place, with a row stride over the width."""
+    tables = make_vectors(width, routing, ROWS)
+    hidden, expected = (make_hidden(width, ROWS, dtype, pad=3) for _ in range(2))
+    add_vectors(hidden, *tables)
+    add_vectors_reference(expected, *tables)
+    assert same(hidden, expected), "rows with vectors"
+
+
 def to_bfloat16(data: Any) -> Any:
     """Bits of float32 data rounded to the nearest bfloat16, ties to even, as on a device."""
     return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.int16).numpy()
@@ -120,6 +147,11 @@ def main() -> None:
             check_every_gate(dtype, activation)
         except AssertionError as error:
             failures[f"every-gate-{dtype}-{activation}"] = str(error)
+    for dtype, width, routing in VECTOR_CASES:
+        try:
+            check_vectors(dtype, width, routing)
+        except AssertionError as error:
+            failures[f"vectors-{dtype}-{width}-{routing}"] = str(error)
     json.dump({"cases": len(CASES), "failures": failures}, sys.stdout)
 
 

@@ -40,3 +40,9 @@ def test_kernel(report: dict[str, Any], name: str) -> None:
 def test_every_gate(report: dict[str, Any], dtype: Any, activation: str) -> None:
     name = f"every-gate-{dtype}-{activation}"
     assert name not in report["failures"], report["failures"][name]
+
+
+@pytest.mark.parametrize(("dtype", "width", "routing"), interpreter_worker.VECTOR_CASES)
+def test_vectors(report: dict[str, Any], dtype: Any, width: int, routing: str) -> None:
+    name = f"vectors-{dtype}-{width}-{routing}"
+    assert name not in report["failures"], report["failures"][name]

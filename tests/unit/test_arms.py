@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cna_vllm.arms import Arm, check_names, parse_arm
-from cna_vllm.request import SteeringError, steer
+from cna_vllm.request import SteeringError, steer, steer_vector
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,19 @@ from cna_vllm.request import SteeringError, steer
 )
 def test_the_short_form(text: str, arm: Arm) -> None:
     assert parse_arm(text) == arm
+
+
+@pytest.mark.parametrize(
+    ("text", "arm"),
+    [
+        ("caa=v@-1.5:all", Arm("caa", (), "all", (("v", -1.5),))),
+        ("x=v@1+a@0+w@2", Arm("x", (("a", 0.0),), "last", (("v", 1.0), ("w", 2.0)))),
+        ("v@0", Arm("v@0", (), "last", (("v", 0.0),))),
+    ],
+)
+def test_names_of_vectors_go_to_the_vectors(text: str, arm: Arm) -> None:
+    assert parse_arm(text, frozenset({"v", "w"})) == arm
+    assert parse_arm(text).vectors == ()
 
 
 @pytest.mark.parametrize("text", ["", "=a@0", "x=", "x=a", "x=a@", "x=a@b", "x=@1", "x=a@0:first"])
@@ -42,22 +55,44 @@ def test_fields_are_those_of_steer() -> None:
     pairs = [("a", 0.0), ("b", 2.0)]
     assert Arm("x", tuple(pairs)).extra_args() == steer(pairs)
     assert Arm("x").extra_args() == {}
+    assert Arm("x", vectors=(("v", -2.0),)).extra_args() == steer_vector("v", -2.0)
+    both = {**steer("a", 0.0, scope="all"), **steer_vector("v", 1.0, scope="all")}
+    assert Arm("x", (("a", 0.0),), "all", (("v", 1.0),)).extra_args() == both
+    with pytest.raises(SteeringError, match="cna_coefficient"):
+        Arm("x", vectors=(("v", float("inf")),))
 
 
 @pytest.mark.parametrize(
     ("arm", "row", "dose"),
     [
-        (Arm("p"), {"circuit": None, "multiplier": None, "scope": None}, 1.0),
+        (Arm("p"), {}, 1.0),
         (Arm("p", (("a", 2.0),)), {"circuit": "a", "multiplier": 2.0, "scope": "last"}, 2.0),
         (
             Arm("p", (("a", 2.0), ("b", 0.0))),
             {"circuit": ["a", "b"], "multiplier": [2.0, 0.0], "scope": "last"},
             None,
         ),
+        (
+            Arm("p", (), "all", (("v", -1.0),)),
+            {"scope": "all", "vector": "v", "coefficient": -1.0},
+            None,
+        ),
+        (
+            Arm("p", (("a", 0.0),), "last", (("v", 1.0), ("w", 2.0))),
+            {
+                "circuit": "a",
+                "multiplier": 0.0,
+                "scope": "last",
+                "vector": ["v", "w"],
+                "coefficient": [1.0, 2.0],
+            },
+            None,
+        ),
     ],
 )
 def test_columns_and_dose(arm: Arm, row: dict[str, Any], dose: float | None) -> None:
-    assert arm.to_dict() == {"arm": "p", **row}
+    columns = ("circuit", "multiplier", "scope", "vector", "coefficient")
+    assert arm.to_dict() == {"arm": "p", **dict.fromkeys(columns), **row}
     assert arm.dose == dose
 
 

@@ -35,7 +35,9 @@ def test_stays_light(code: str) -> None:
     assert loaded_after(code) == "[]"
 
 
-@pytest.mark.parametrize("command", ["inspect", "compare", "discover", "generate", "bake", "demo"])
+@pytest.mark.parametrize(
+    "command", ["inspect", "compare", "discover", "generate", "bake", "demo", "doctor"]
+)
 def test_help_of_a_command_stays_light(command: str) -> None:
     code = (
         "from cna_vllm.cli import main\n"

@@ -210,7 +210,12 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=2),
     max_leaves=6,
 )
-KEYS = st.sampled_from(["cna_circuit", "cna_multiplier", "cna_scope", "cna_x"]) | st.text()
+KEYS = (
+    st.sampled_from(
+        ["cna_circuit", "cna_multiplier", "cna_vector", "cna_coefficient", "cna_scope", "cna_x"]
+    )
+    | st.text()
+)
 
 
 @given(st.dictionaries(KEYS, VALUES, max_size=4))

@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from cna_vllm import steer
 from cna_vllm.circuit import Circuit, CircuitError, Neuron
 from cna_vllm.request import SCOPES, SteeringError
-from cna_vllm.serving.admission import Admission, has_fields, refuse_without_config
+from cna_vllm.serving.admission import (
+    Admission,
+    AdmittedSteering,
+    has_fields,
+    is_forged,
+    refuse_without_config,
+)
 from cna_vllm.serving.config import CnaConfig
 from cna_vllm.serving.registry import CircuitRegistry, ServedModel
 
@@ -247,3 +253,21 @@ def test_a_circuit_of_another_model_cannot_be_asked_for() -> None:
     with pytest.raises(CircuitError, match=r"'other' \(B.*'m' \(A"):
         gate.registry.register("alien", alien)
     assert_refused(gate, fields("alien"), "cna_circuit", "no circuit is named 'alien'")
+
+
+def test_what_was_admitted_passes_unchanged_and_nothing_else_does() -> None:
+    """The API server admits where it chooses the model; the engine's front end sees it again."""
+    gate = make_admission()
+    admitted = gate.admit({**fields(), **OTHERS})
+    assert admitted is not None and isinstance(admitted["cna_resolved"], AdmittedSteering)
+    assert not is_forged(admitted) and not is_forged({}) and not is_forged(OTHERS)
+    gate.registry.register("french", POLITE)  # the name stands for other content by then
+    again = gate.admit(admitted)
+    assert again == admitted and again["cna_resolved"]["circuits"] == [[FRENCH.digest, 0.5]]
+    # The same values from a client, who can send plain objects only, are refused.
+    forged = json.loads(json.dumps(admitted))
+    assert is_forged(forged) and is_forged({"cna_resolved": 1})
+    with pytest.raises(SteeringError, match="cna_resolved: is set by the server only"):
+        gate.admit(forged)
+    with pytest.raises(SteeringError, match="streaming inputs"):
+        gate.admit(admitted, resumable=True)

@@ -50,6 +50,15 @@ def test_circuits_that_no_name_stands_for_are_removed(tmp_path: Path) -> None:
     assert [p.stem for p in (tmp_path / "circuits").iterdir()] == [circuit(2).digest]
 
 
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    store = RegistryStore(tmp_path)
+    for left in (tmp_path / ".registry.json.x1", tmp_path / "circuits" / ".d.json.x2"):
+        left.write_text("{")
+    save(store, {"a": circuit(1)})
+    names = sorted(p.name for p in tmp_path.rglob("*"))
+    assert names == sorted(["circuits", "registry.json", f"{circuit(1).digest}.json"])
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{}", '{"format": "cna-registry", "version": 2}', "{" * 9999, '{"format": "x"}',

@@ -59,7 +59,7 @@ class EngineContext:
     Attributes:
         prompt_logprobs: from sequences of token ids to the natural log-probability of every token
             but the first, given those before it, under the plain, unsteered model: for a sequence
-            of `n` ids, `n - 1` numbers.
+            of `n` ids, `n - 1` numbers; all NaN for a sequence that the engine has no room for.
     """
 
     prompt_logprobs: Callable[[list[list[int]]], list[list[float]]]

@@ -25,6 +25,7 @@ class _NGrams:
     unit: str = "words"
     kind: ClassVar[Kind] = "continuous"
     base_name: ClassVar[str]
+    definition: ClassVar[str]
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -40,8 +41,9 @@ class _NGrams:
         return f"{self.base_name}-{self.n}{suffix}"
 
     @property
-    def _units_text(self) -> str:
-        return "lower-cased words" if self.unit == "words" else "token ids"
+    def description(self) -> str:
+        units = "lower-cased words" if self.unit == "words" else "token ids"
+        return self.definition.format(n=self.n, units=units)
 
     def score(self, answers: Sequence[Answer]) -> list[Score]:
         scores: list[Score] = []
@@ -69,13 +71,10 @@ class Repetition(_NGrams):
 
     base_name: ClassVar[str] = "repetition"
     better: ClassVar[Better] = "lower"
-
-    @property
-    def description(self) -> str:
-        return (
-            f"Fraction of the answer's {self.n}-grams of {self._units_text} that repeat an earlier "
-            "one (seq-rep-n, arXiv 1908.04319)."
-        )
+    definition: ClassVar[str] = (
+        "Fraction of the answer's {n}-grams of {units} that repeat an earlier one "
+        "(seq-rep-n, arXiv 1908.04319)."
+    )
 
     def _value(self, distinct: int, total: int, units: int) -> float:
         return 1 - distinct / total
@@ -87,13 +86,10 @@ class Quality(_NGrams):
 
     base_name: ClassVar[str] = "quality"
     better: ClassVar[Better] = "higher"
-
-    @property
-    def description(self) -> str:
-        return (
-            f"Output quality as arXiv 2605.12290 states it: 1 - the fraction of repeated "
-            f"{self.n}-grams of {self._units_text}."
-        )
+    definition: ClassVar[str] = (
+        "Output quality as arXiv 2605.12290 states it: 1 - the fraction of repeated {n}-grams of "
+        "{units}."
+    )
 
     def _value(self, distinct: int, total: int, units: int) -> float:
         return distinct / total
@@ -106,13 +102,9 @@ class Distinct(_NGrams):
     n: int = 2
     base_name: ClassVar[str] = "distinct"
     better: ClassVar[Better] = "higher"
-
-    @property
-    def description(self) -> str:
-        return (
-            f"Distinct {self.n}-grams over the number of {self._units_text}, per answer "
-            "(distinct-n, arXiv 1510.03055)."
-        )
+    definition: ClassVar[str] = (
+        "Distinct {n}-grams over the number of {units}, per answer (distinct-n, arXiv 1510.03055)."
+    )
 
     def _value(self, distinct: int, total: int, units: int) -> float:
         return distinct / units

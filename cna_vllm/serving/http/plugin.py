@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.datastructures import State
 
+    from cna_vllm.serving.http.control_plane import ControlPlane
+    from cna_vllm.serving.registry import CircuitRegistry
+
 logger = logging.getLogger("vllm.cna")
 STATUS_SECONDS = 5.0
 
@@ -54,18 +57,22 @@ class CnaEndpoints:
         await control.reconcile()
         state.cna_control = control
         # Kept by the state: a task that nothing refers to may vanish.
-        state.cna_status_task = asyncio.create_task(_read_counters(control, gate))
+        state.cna_status_task = asyncio.create_task(
+            read_counters(engine_client, control, gate.registry)
+        )
 
 
-async def _read_counters(control: Any, gate: Any) -> None:
-    """Until the server ends: workers count in their own processes, Prometheus asks this one."""
+async def read_counters(
+    engine_client: Any, control: ControlPlane, registry: CircuitRegistry
+) -> None:
+    """Until the engine ends: workers count in their own processes, Prometheus asks this one."""
     from cna_vllm.serving.metrics import control_metrics
 
-    while True:
+    while not engine_client.errored:
         await asyncio.sleep(STATUS_SECONDS)
         try:
             report = (await control.status())[0]
-            names = {c.digest: name for name, c in gate.registry.circuits().items()}
+            names = {c.digest: name for name, c in registry.circuits().items()}
         except Exception as error:
             # The engine is ending or a change is half made: the next look tells.
             logger.warning("cna action=status outcome=failed reason=%r", str(error))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -14,6 +14,7 @@ from cna_vllm.circuit import Circuit
 from cna_vllm.request import DEFAULT_SCOPE
 from cna_vllm.serving.adapter import Adapter
 from cna_vllm.serving.http.control_plane import ControlError, ControlPlane
+from cna_vllm.serving.registry import Names
 
 router = APIRouter()
 T = TypeVar("T")
@@ -65,15 +66,6 @@ async def load_circuit(body: LoadCircuit, request: Request) -> JSONResponse:
     )
 
 
-@router.post("/v1/unload_cna_circuit")
-async def unload_circuit(body: UnloadCircuit, request: Request) -> JSONResponse:
-    return await _answer(
-        request,
-        lambda control: control.unload_circuit(body.circuit_name),
-        lambda _: {"id": body.circuit_name, "object": "cna.circuit", "deleted": True},
-    )
-
-
 @router.post("/v1/load_cna_adapter")
 async def load_adapter(body: LoadAdapter, request: Request) -> JSONResponse:
     fields = body.model_dump(exclude={"adapter_name", "load_inplace"}, exclude_none=True)
@@ -86,25 +78,25 @@ async def load_adapter(body: LoadAdapter, request: Request) -> JSONResponse:
     )
 
 
+@router.post("/v1/unload_cna_circuit")
+async def unload_circuit(body: UnloadCircuit, request: Request) -> JSONResponse:
+    name = body.circuit_name
+    return await _answer(
+        request, lambda control: control.unload_circuit(name), lambda _: _deleted(name, "circuit")
+    )
+
+
 @router.post("/v1/unload_cna_adapter")
 async def unload_adapter(body: UnloadAdapter, request: Request) -> JSONResponse:
+    name = body.adapter_name
     return await _answer(
-        request,
-        lambda control: control.unload_adapter(body.adapter_name),
-        lambda _: {"id": body.adapter_name, "object": "cna.adapter", "deleted": True},
+        request, lambda control: control.unload_adapter(name), lambda _: _deleted(name, "adapter")
     )
 
 
 @router.get("/v1/cna_circuits")
 async def list_circuits(request: Request) -> JSONResponse:
-    return await _answer(
-        request,
-        lambda control: control.names(),
-        lambda names: _list(
-            describe_circuit(name, circuit, pinned=name in names[1])
-            for name, circuit in sorted(names[0].circuits.items())
-        ),
-    )
+    return await _list(request, lambda names: names.circuits, describe_circuit)
 
 
 @router.get("/v1/cna_circuits/{name:path}")
@@ -114,14 +106,7 @@ async def inspect_circuit(name: str, request: Request) -> JSONResponse:
 
 @router.get("/v1/cna_adapters")
 async def list_adapters(request: Request) -> JSONResponse:
-    return await _answer(
-        request,
-        lambda control: control.names(),
-        lambda names: _list(
-            describe_adapter(name, adapter, pinned=name in names[1])
-            for name, adapter in sorted(names[0].adapters.items())
-        ),
-    )
+    return await _list(request, lambda names: names.adapters, describe_adapter)
 
 
 def describe_circuit(name: str, circuit: Circuit, *, pinned: bool) -> dict[str, Any]:
@@ -158,8 +143,26 @@ def inspect(found: tuple[str, Circuit, bool]) -> dict[str, Any]:
     }
 
 
-def _list(entries: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    return {"object": "list", "data": list(entries)}
+def _deleted(name: str, kind: str) -> dict[str, Any]:
+    return {"id": name, "object": f"cna.{kind}", "deleted": True}
+
+
+async def _list(
+    request: Request,
+    entries: Callable[[Names], Mapping[str, T]],
+    describe: Callable[..., dict[str, Any]],
+) -> JSONResponse:
+    """All entries of one kind, by name. describe: (name, entry, pinned=...) -> object."""
+
+    def listed(found: tuple[Names, frozenset[str]]) -> dict[str, Any]:
+        names, pinned = found
+        data = [
+            describe(name, entry, pinned=name in pinned)
+            for name, entry in sorted(entries(names).items())
+        ]
+        return {"object": "list", "data": data}
+
+    return await _answer(request, lambda control: control.names(), listed)
 
 
 async def _answer(

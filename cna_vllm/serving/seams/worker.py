@@ -140,3 +140,8 @@ def runtime_of(worker: Any) -> SteeringRuntime:
     runner = worker.model_runner
     holder = getattr(runner, "model_state", runner)
     return getattr(holder, RUNTIME_ATTRIBUTE)
+
+
+def runner_of(worker: Any) -> str:
+    """Which model runner a worker has: "V1" or "V2"."""
+    return "V2" if worker.vllm_config.use_v2_model_runner else "V1"

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The request fields that name steering: circuits with multipliers, vectors with coefficients.
+
+Both are a pair of fields that hold a name and a number, or two lists of equal length; one scope
+serves all that a request names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cna_vllm.circuit import is_int, show
+
+FIELD_PREFIX = "cna_"
+FIELD_CIRCUIT = "cna_circuit"
+FIELD_MULTIPLIER = "cna_multiplier"
+FIELD_VECTOR = "cna_vector"
+FIELD_COEFFICIENT = "cna_coefficient"
+FIELD_SCOPE = "cna_scope"
+FIELD_RECORD = "cna_record"  # discovery only; admission takes it out before parsing
+RESOLVED_FIELD = "cna_resolved"  # what admission puts in the place of the client's fields
+SCOPES = ("last", "all", "generated")
+DEFAULT_SCOPE = "last"
+MAX_NAME_LENGTH = 128
+FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
+
+FIELDS = (FIELD_CIRCUIT, FIELD_MULTIPLIER, FIELD_VECTOR, FIELD_COEFFICIENT, FIELD_SCOPE)
+
+Pairs = tuple[tuple[str, float], ...]
+
+
+class SteeringError(ValueError):
+    """A request that cannot be steered as it asks: one line with the field and the fix.
+
+    Attributes:
+        field: the request field at fault, for example `cna_multiplier`.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.problem)  # it crosses process borders
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of steering: what it is called, what its number is called, and the two fields."""
+
+    noun: str
+    number: str
+    name_field: str
+    number_field: str
+
+    def is_in(self, fields: Mapping[str, Any]) -> bool:
+        """Whether either of its fields is there."""
+        return self.name_field in fields or self.number_field in fields
+
+    def fields_of(self, names: str | Sequence[tuple[str, float]], number: Any) -> dict[str, Any]:
+        """The two fields of one name and its number, or of (name, number) pairs.
+
+        Values are not checked. Raises SteeringError where the arguments have neither form.
+        """
+        if isinstance(names, str):
+            if number is None:
+                raise SteeringError(
+                    self.number_field, f"missing; give one for {self.noun} {show(names)}"
+                )
+            return {self.name_field: names, self.number_field: _as_float(number)}
+        if number is not None:
+            raise SteeringError(
+                self.number_field,
+                f"give either (name, {self.number}) pairs or one name and {self.number}",
+            )
+        if not isinstance(names, list | tuple):
+            raise SteeringError(
+                self.name_field,
+                f"must be a name or a list of (name, {self.number}) pairs, not {show(names)}",
+            )
+        for pair in names:
+            if not isinstance(pair, list | tuple) or len(pair) != 2:
+                raise SteeringError(
+                    self.name_field, f"{show(pair)} is not a (name, {self.number}) pair"
+                )
+        return {
+            self.name_field: [name for name, _ in names],
+            self.number_field: [_as_float(value) for _, value in names],
+        }
+
+    def write(self, pairs: Pairs) -> dict[str, Any]:
+        """The fields `parse` reads back: scalars for one pair, else flat lists."""
+        names = [name for name, _ in pairs]
+        values = [value for _, value in pairs]
+        single = len(names) == 1
+        return {
+            self.name_field: names[0] if single else names,
+            self.number_field: values[0] if single else values,
+        }
+
+    def parse(self, fields: Mapping[str, Any], *, limit: float, most: int) -> Pairs:
+        """The (name, number) pairs of a request.
+
+        limit: largest absolute value of a number. most: how many pairs there may be.
+        Raises SteeringError for anything else than two well-formed fields.
+        """
+        both = (self.name_field, self.number_field)
+        for field, other in (both, both[::-1]):
+            if field not in fields:
+                present = other if other in fields else FIELD_SCOPE
+                raise SteeringError(field, f"missing, but {present} is there; give both or neither")
+        names, values = self._parallel_lists(fields[self.name_field], fields[self.number_field])
+        if len(names) > most:
+            raise SteeringError(
+                self.name_field, f"{len(names)} {self.noun}s on one request; at most {most}"
+            )
+        return tuple(
+            (self.checked_name(name), self.checked_number(value, limit))
+            for name, value in zip(names, values, strict=True)
+        )
+
+    def checked_name(self, name: Any) -> str:
+        """Raises SteeringError unless ``name`` is a text that can name something."""
+        if not isinstance(name, str):
+            raise SteeringError(self.name_field, f"must be a {self.noun}'s name, not {show(name)}")
+        if not 1 <= len(name) <= MAX_NAME_LENGTH:
+            raise SteeringError(
+                self.name_field, f"a name has 1 to {MAX_NAME_LENGTH} characters, not {len(name)}"
+            )
+        return name
+
+    def checked_number(self, value: Any, limit: float) -> float:
+        """Raises SteeringError unless ``value`` is finite and, like its float32, within limits."""
+        if not (isinstance(value, float) or is_int(value)):
+            raise SteeringError(self.number_field, f"must be a number, not {show(value)}")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise SteeringError(self.number_field, f"must be finite, not {show(value)}")
+        limit = min(limit, FLOAT32_MAX)
+        if abs(number) > limit:
+            raise SteeringError(
+                self.number_field, f"{number:g} is over the limit; use -{limit:g} to {limit:g}"
+            )
+        return number
+
+    def _parallel_lists(self, names: Any, values: Any) -> tuple[list[Any], list[Any]]:
+        if not isinstance(names, list | tuple):
+            if isinstance(values, list | tuple):
+                raise SteeringError(
+                    self.number_field, f"is a list, but {self.name_field} is not; make both lists"
+                )
+            return [names], [values]
+        if not isinstance(values, list | tuple):
+            raise SteeringError(
+                self.number_field,
+                f"must be a list of {len(names)} numbers, one for each {self.noun}",
+            )
+        if len(names) != len(values):
+            raise SteeringError(
+                self.number_field,
+                f"{len(values)} {self.number}s for {len(names)} {self.noun}s; "
+                "the lists must be of equal length",
+            )
+        if not names:
+            raise SteeringError(
+                self.name_field, f"is an empty list; name a {self.noun} or omit the field"
+            )
+        return list(names), list(values)
+
+
+CIRCUITS = Kind("circuit", "multiplier", FIELD_CIRCUIT, FIELD_MULTIPLIER)
+VECTORS = Kind("vector", "coefficient", FIELD_VECTOR, FIELD_COEFFICIENT)
+
+
+def own_fields(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The fields that start with `cna_`. Raises SteeringError for one that no client may set."""
+    mine = {
+        k: v
+        for k, v in (extra_args or {}).items()
+        if isinstance(k, str) and k.startswith(FIELD_PREFIX)
+    }
+    for name in mine:
+        if name not in FIELDS:
+            raise SteeringError(name, _unknown(name))
+    return mine
+
+
+def checked_scope(scope: Any) -> str:
+    """Raises SteeringError unless ``scope`` is one of `SCOPES`."""
+    if isinstance(scope, str) and scope in SCOPES:
+        return scope
+    raise SteeringError(FIELD_SCOPE, f"must be one of {', '.join(SCOPES)}, not {show(scope)}")
+
+
+def _unknown(name: str) -> str:
+    if name in (RESOLVED_FIELD, FIELD_RECORD):
+        return "is set by the server only; remove it"
+    close = difflib.get_close_matches(name[:MAX_NAME_LENGTH], FIELDS, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(FIELDS)}"
+    return f"unknown field; {hint}"
+
+
+def _as_float(value: Any) -> Any:
+    """Other real numbers, NumPy's for instance, as a plain float; the rest unchanged."""
+    if isinstance(value, numbers.Real) and not isinstance(value, int | float):
+        return float(value)
+    return value

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steering vectors (contrastive activation addition): what is added to a model's layers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from cna_vllm.circuit import (
+    MAX_LAYERS,
+    CircuitError,
+    check_size,
+    check_text,
+    check_time,
+    is_int,
+    plain_json,
+    show,
+)
+from cna_vllm.circuit_file import parse_json
+from cna_vllm.files import write_atomic
+
+Form = Literal["mlp", "residual"]
+FORMS: tuple[Form, ...] = ("mlp", "residual")
+
+FORMAT = "cna-vectors"
+VERSION = 1
+MAX_FILE_BYTES = 64 * 2**20
+MAX_HIDDEN_SIZE = 2**20
+_METADATA = "cna_vectors"
+_REQUIRED = ("form", "model", "architecture", "num_layers", "hidden_size")
+_OPTIONAL = ("dtype", "method", "prompts", "tools", "created", "notes")
+
+RESIDUAL_ARCHITECTURES = frozenset(
+    {
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Phi3ForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "SmolLM3ForCausalLM",
+    }
+)
+"""Where the residual stream after a layer is the stream before its MLP plus the MLP's output, with
+no norm and no factor between: there, adding to that output is adding to the stream."""
+
+
+class VectorError(ValueError):
+    """A set of vectors, or the file of one, that cannot be used: one line with the reason."""
+
+
+@dataclass(frozen=True, eq=False)
+class VectorSet:
+    """What one coefficient multiplies: a vector for each of some layers of one model.
+
+    Attributes:
+        form: ``mlp``: layer l's vector is added to the output of its MLP (of ``down_proj``, summed
+            over tensor-parallel ranks); ``residual``: to the residual stream after one layer.
+        model: id of the model it was found in; only a name, since one model has many.
+        architecture: class name of the model, for example `LlamaForCausalLM`.
+        num_layers, hidden_size: of the model.
+        vectors: layer -> finite float32 [hidden_size]; exactly one layer in the form ``residual``.
+            The arrays are copies and read-only.
+        dtype, method, prompts, tools, created, notes: as in `Circuit`.
+
+    Raises:
+        VectorError: a field has a wrong type or value.
+    """
+
+    form: Form
+    model: str
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    vectors: Mapping[int, NDArray[np.float32]]
+    dtype: str = ""
+    method: Mapping[str, Any] = field(default_factory=dict)
+    prompts: Mapping[str, Any] = field(default_factory=dict)
+    tools: Mapping[str, Any] = field(default_factory=dict)
+    created: str = ""
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise VectorError(f"'form' must be one of {', '.join(FORMS)}, not {show(self.form)}")
+        try:
+            for name in ("model", "architecture", "dtype", "created"):
+                check_text(name, getattr(self, name))
+            check_time(self.created)
+            check_size("num_layers", self.num_layers, MAX_LAYERS)
+            check_size("hidden_size", self.hidden_size, MAX_HIDDEN_SIZE)
+            for name in ("method", "prompts", "tools"):
+                object.__setattr__(self, name, plain_json(name, getattr(self, name)))
+            if not isinstance(self.notes, list | tuple):
+                raise VectorError(f"'notes' must be a list of strings, not {show(self.notes)}")
+            for note in self.notes:
+                check_text("notes", note)
+        except CircuitError as error:
+            raise VectorError(str(error)) from error
+        if not self.model or not self.architecture.isidentifier():
+            raise VectorError("'model' and 'architecture' must name the model and its class")
+        object.__setattr__(self, "notes", tuple(self.notes))
+        object.__setattr__(self, "vectors", self._checked_vectors())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (64 hex digits) over form, architecture, dimensions, layers and float32 values.
+
+        Always computed from the content. Two sets of equal digest steer identically.
+        """
+        head = [self.form, self.architecture, self.num_layers, self.hidden_size, [*self.vectors]]
+        content = hashlib.sha256(json.dumps(head, separators=(",", ":")).encode("ascii"))
+        for vector in self.vectors.values():
+            content.update(vector.astype("<f4").tobytes())
+        return content.hexdigest()
+
+    def check_model(self, model: str, architecture: str, num_layers: int, hidden_size: int) -> None:
+        """Raises VectorError, naming both models, unless the vectors fit; for the form
+        ``residual`` also where the architecture does not pass MLP outputs on as they are."""
+        mine = (self.architecture, self.num_layers, self.hidden_size)
+        theirs = (architecture, num_layers, hidden_size)
+        if mine != theirs:
+            raise VectorError(
+                f"vectors of {_describe(self.model, *mine)} do not fit "
+                f"{_describe(model, *theirs)}; discover them in the model they shall steer"
+            )
+        if self.form == "residual":
+            check_residual(architecture)
+
+    def to_bytes(self) -> bytes:
+        """The content of the file that `save` writes: safetensors with JSON metadata."""
+        described = {name: getattr(self, name) for name in (*_REQUIRED, *_OPTIONAL)}
+        metadata = {"format": FORMAT, "version": VERSION, "digest": self.digest, **described}
+        tensors = {f"layer.{layer}": vector for layer, vector in self.vectors.items()}
+        return safetensors.numpy.save(
+            tensors, metadata={_METADATA: json.dumps(metadata, allow_nan=False)}
+        )
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> VectorSet:
+        """Reads what `to_bytes` wrote. Raises VectorError for anything else."""
+        try:
+            tensors = safetensors.numpy.load(raw)
+            # Validated above: eight bytes of length, then the header.
+            header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise VectorError(f"is not a safetensors file: {_one_line(error)}") from error
+        text = (header.get("__metadata__") or {}).get(_METADATA)
+        if text is None:
+            raise VectorError(f"is not a file of vectors: its metadata has no {_METADATA!r}")
+        try:
+            data = parse_json(text.encode("utf-8"))
+        except CircuitError as error:
+            raise VectorError(f"the metadata {_METADATA!r} {error}") from error
+        return _decode(data, tensors)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, max_bytes: int = MAX_FILE_BYTES) -> VectorSet:
+        """Reads and validates a file of at most `max_bytes` bytes.
+
+        Raises:
+            VectorError: one line that starts with the file's name.
+        """
+        name = os.fspath(path)
+        try:
+            with open(path, "rb") as handle:
+                raw = handle.read(max_bytes + 1)
+        except OSError as error:
+            raise VectorError(f"{name}: cannot be read: {error.strerror or error}") from error
+        if len(raw) > max_bytes:
+            raise VectorError(f"{name}: is larger than {max_bytes} bytes")
+        try:
+            return cls.from_bytes(raw)
+        except VectorError as error:
+            raise VectorError(f"{name}: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file atomically. Raises OSError: the folder is missing or read-only."""
+        write_atomic(path, [self.to_bytes()])
+
+    def _checked_vectors(self) -> dict[int, NDArray[np.float32]]:
+        if not isinstance(self.vectors, Mapping) or not self.vectors:
+            raise VectorError("'vectors' must map at least one layer to a vector")
+        checked = {}
+        for layer in self.vectors:
+            if not is_int(layer) or not 0 <= layer < self.num_layers:
+                raise VectorError(
+                    f"'vectors': a layer must be an integer from 0 to {self.num_layers - 1}, "
+                    f"not {show(layer)}"
+                )
+        for layer in sorted(self.vectors):
+            given = np.asarray(self.vectors[layer])
+            if given.dtype.kind != "f" or given.shape != (self.hidden_size,):
+                raise VectorError(
+                    f"'vectors'[{layer}] must be {self.hidden_size} floating-point numbers, "
+                    f"not {given.dtype} {list(given.shape)}"
+                )
+            with np.errstate(over="ignore"):
+                vector = given.astype(np.float32) + np.float32(0.0)  # -0.0 and 0.0: one digest
+            if not np.isfinite(vector).all():
+                raise VectorError(f"'vectors'[{layer}] is not finite in float32")
+            vector.setflags(write=False)
+            checked[layer] = vector
+        if self.form == "residual" and len(checked) != 1:
+            raise VectorError(
+                f"the form 'residual' has a vector for one layer, not for {len(checked)}"
+            )
+        return checked
+
+
+def check_residual(architecture: str) -> None:
+    """Raises VectorError unless the residual form is known to be right for an architecture."""
+    if architecture not in RESIDUAL_ARCHITECTURES:
+        raise VectorError(
+            f"the form 'residual' is not supported for {architecture}: its layers may norm or "
+            "scale the MLP's output before the residual stream; use the form 'mlp', or one of "
+            f"{', '.join(sorted(RESIDUAL_ARCHITECTURES))}"
+        )
+
+
+def _decode(data: Any, tensors: Mapping[str, Any]) -> VectorSet:
+    known = {"format", "version", "digest", *_REQUIRED, *_OPTIONAL}
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise VectorError(f"is not a file of vectors: its metadata has no 'format': {FORMAT!r}")
+    if data.get("version") != VERSION or not is_int(data.get("version")):
+        raise VectorError(
+            f"'version' must be {VERSION}, not {show(data.get('version'))}; a newer file needs a "
+            "newer cna-vllm"
+        )
+    if unknown := sorted(key for key in data if key not in known):
+        raise VectorError(f"unknown field {show(unknown[0])}; remove it")
+    if missing := [name for name in _REQUIRED if name not in data]:
+        raise VectorError(f"the field {missing[0]!r} is missing")
+    vectors = {}
+    for name, tensor in tensors.items():
+        digits = name.removeprefix("layer.")
+        if name == digits or not digits.isascii() or not digits.isdigit() or len(digits) > 9:
+            raise VectorError(f"the tensor {show(name)} is not named layer.N")
+        vectors[int(digits)] = tensor
+    fields = {name: data[name] for name in (*_REQUIRED, *_OPTIONAL) if name in data}
+    result = VectorSet(**fields, vectors=vectors)
+    if data.get("digest", result.digest) != result.digest:
+        raise VectorError(
+            f"'digest' is {show(data['digest'])} but the content has {result.digest!r}; the file "
+            "was edited or damaged"
+        )
+    return result
+
+
+def _describe(model: str, architecture: str, num_layers: int, hidden_size: int) -> str:
+    return f"{model!r} ({architecture}, {num_layers} layers, hidden size {hidden_size})"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``add_vectors``: adds steering vectors to the rows of a layer's output, in place.
+
+Rows are the routing of ``act_and_mul_scaled``: the same ``row_arm``, with tables of its own behind
+it. In place, so that a row that is not steered costs one 4-byte load and keeps its bits. The grid
+is fixed by the shape of hidden and nothing is allocated, so a launch can be captured in a CUDA
+graph and routing may change between replays.
+"""
+
+from typing import Any, Final
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import Library
+
+from cna_kernels.act_and_mul_scaled import INTERPRETED
+from cna_kernels.resolved import LastRouting, Routing
+
+BLOCK: Final = 1024
+NUM_WARPS: Final = 4 if torch.version.hip is None else 2
+
+MAX_ELEMENTS: Final = 1 << 21
+"""Elements of the largest temporary on the CPU, whatever the number of rows."""
+
+# Rows to change, and of each slot: which of them, the rows of ``vectors``, the coefficients.
+Part = tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]
+
+_LAST: Final = LastRouting()
+
+
+def add_vectors_reference(
+    hidden: Tensor, row_arm: Tensor, arm_vectors: Tensor, arm_coefficients: Tensor, vectors: Tensor
+) -> None:
+    """The definition of :func:`add_vectors`, row by row and slot by slot."""
+    for row in range(hidden.shape[0]):
+        arm = int(row_arm[row])
+        if arm < 0:
+            continue
+        total = hidden[row].float()
+        for slot in range(arm_vectors.shape[1]):
+            index = int(arm_vectors[arm, slot])
+            if index >= 0:
+                total = total + arm_coefficients[arm, slot] * vectors[index]
+        if bool((arm_vectors[arm] >= 0).any()):
+            hidden[row] = total.to(hidden.dtype)
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "row_arm_ptr",
+        "arm_vectors_ptr",
+        "arm_coefficients_ptr",
+    ]
+)
+def add_vectors_kernel(  # type: ignore[no-untyped-def]
+    hidden_ptr,
+    row_arm_ptr,
+    arm_vectors_ptr,
+    arm_coefficients_ptr,
+    vectors_ptr,
+    row_stride,
+    size,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    arm = tl.load(row_arm_ptr + row).to(tl.int64)
+    if arm >= 0:
+        channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        highest = tl.load(arm_vectors_ptr + arm * K)
+        for slot in tl.static_range(1, K):
+            highest = tl.maximum(highest, tl.load(arm_vectors_ptr + arm * K + slot))
+        # An arm of circuits only costs no access to hidden.
+        live = channel < tl.where(highest >= 0, size, 0)
+        at = hidden_ptr + row * row_stride + channel
+        before = tl.load(at, mask=live, other=0.0)
+        total = before.to(tl.float32)
+        for slot in tl.static_range(K):
+            index = tl.load(arm_vectors_ptr + arm * K + slot).to(tl.int64)
+            coefficient = tl.load(arm_coefficients_ptr + arm * K + slot)
+            used = channel < tl.where(index >= 0, size, 0)
+            vector = tl.load(vectors_ptr + index * size + channel, mask=used, other=0.0)
+            total = tl.where(used, total + coefficient * vector, total)
+        tl.store(at, total.to(before.dtype), mask=live)
+
+
+def add_vectors_triton(
+    hidden: Tensor, row_arm: Tensor, arm_vectors: Tensor, arm_coefficients: Tensor, vectors: Tensor
+) -> None:
+    """See :func:`add_vectors`, which dispatches here; fused multiply-adds are off."""
+    rows, size = hidden.shape
+    kernel: Any = add_vectors_kernel
+    kernel[(rows, -(-size // BLOCK))](
+        hidden,
+        row_arm,
+        arm_vectors,
+        arm_coefficients,
+        vectors,
+        hidden.stride(0),
+        size,
+        K=arm_vectors.shape[1],
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
+
+
+def add_vectors_cpu(
+    hidden: Tensor, row_arm: Tensor, arm_vectors: Tensor, arm_coefficients: Tensor, vectors: Tensor
+) -> None:
+    """See :func:`add_vectors`, which dispatches here; temporaries hold MAX_ELEMENTS at most."""
+    routing = _LAST.get(hidden.shape[0], row_arm, arm_vectors, arm_coefficients)
+    if not routing.rows.size:
+        return
+    step = max(1, MAX_ELEMENTS // max(1, hidden.shape[1]))
+    for rows, terms in _PARTS.get(routing, arm_vectors, arm_coefficients, step):
+        total = hidden.index_select(0, rows).float()
+        for which, index, coefficient in terms:
+            total.index_add_(0, which, vectors.index_select(0, index).mul_(coefficient))
+        hidden.index_copy_(0, rows, total.to(hidden.dtype))
+
+
+def _parts(
+    routing: Routing, arm_vectors: Tensor, arm_coefficients: Tensor, step: int
+) -> list[Part]:
+    slots = arm_vectors.numpy().take(routing.arms, 0)
+    with_vectors = np.flatnonzero((slots >= 0).any(axis=1))
+    parts = []
+    for start in range(0, with_vectors.size, step):
+        chosen = with_vectors[start : start + step]
+        terms = []
+        for slot in range(slots.shape[1]):
+            index = slots[chosen, slot]
+            which = np.flatnonzero(index >= 0)
+            coefficient = arm_coefficients.numpy()[routing.arms[chosen[which]], slot]
+            if which.size:
+                terms.append(
+                    (
+                        torch.from_numpy(which),
+                        torch.from_numpy(index[which].astype(np.int64)),
+                        torch.from_numpy(coefficient[:, None]),
+                    )
+                )
+        parts.append((torch.from_numpy(routing.rows[chosen]), terms))
+    return parts
+
+
+class _LastParts:
+    """What the last routing adds to which rows: the same for every layer of a step."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Routing, int] | None = None
+        self._parts: list[Part] = []
+
+    def get(
+        self, routing: Routing, arm_vectors: Tensor, arm_coefficients: Tensor, step: int
+    ) -> list[Part]:
+        """``_parts``, kept while the routing is the very same."""
+        if self._of is None or self._of[0] is not routing or self._of[1] != step:
+            self._parts = _parts(routing, arm_vectors, arm_coefficients, step)
+            self._of = (routing, step)
+        return self._parts
+
+
+_PARTS: Final = _LastParts()
+
+
+def _fake(
+    hidden: Tensor, row_arm: Tensor, arm_vectors: Tensor, arm_coefficients: Tensor, vectors: Tensor
+) -> None:
+    return None
+
+
+_LIBRARY: Final = Library("cna", "FRAGMENT")
+_LIBRARY.define(
+    "add_vectors(Tensor(a!) hidden, Tensor row_arm, Tensor arm_vectors, Tensor arm_coefficients, "
+    "Tensor vectors) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+_LIBRARY.impl("add_vectors", add_vectors_triton, "CUDA")
+_LIBRARY.impl("add_vectors", add_vectors_triton if INTERPRETED else add_vectors_cpu, "CPU")
+torch.library.register_fake("cna::add_vectors", _fake, lib=_LIBRARY)
+
+_OP: Final = torch.ops.cna.add_vectors.default
+
+
+def add_vectors(
+    hidden: Tensor, row_arm: Tensor, arm_vectors: Tensor, arm_coefficients: Tensor, vectors: Tensor
+) -> None:
+    """hidden[t] = round(hidden[t] + sum_k c_k * v_k) over the slots k of arm row_arm[t].
+
+    Everything is float32: each product c_k * v_k is rounded, then each sum, in slot order,
+    beginning with hidden[t]; the result is rounded once to the dtype of hidden. For float32 and
+    one vector that is eager ``hidden[t] + c * v`` to the bit. Rows without an arm, or whose arm
+    has no vector, keep their bits.
+
+    Args:
+        hidden: [T, H] float32, bfloat16 or float16, written in place. The last dimension is
+            contiguous.
+        row_arm: [>= T] int32, arm of each row, -1 = not steered. Rows past T are never read.
+        arm_vectors: [A, K] int32, rows of ``vectors``; -1, anywhere, is an unused slot.
+        arm_coefficients: [A, K] float32.
+        vectors: [N, H] float32, contiguous.
+
+    Operands are trusted: row_arm[t] < A and arm_vectors[a, k] < N.
+    """
+    _OP(hidden, row_arm, arm_vectors, arm_coefficients, vectors)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a core keeps resident: circuits of requests that run, wait, or are still on their way."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cna_vllm.request import RESOLVED_FIELD, Steering
+from cna_vllm.serving.seams import engine_core
+from cna_vllm.serving.seams.engine_core import ResidentCircuits
+from cna_vllm.serving.table import CircuitTableError
+
+A, B, C = "a" * 64, "b" * 64, "c" * 64
+
+
+def request(*digests: str, request_id: str = "r") -> Any:
+    pairs = tuple((digest, 0.5) for digest in digests)
+    extra = {RESOLVED_FIELD: Steering(pairs).to_field()} if pairs else {"other": 1}
+    params = SimpleNamespace(extra_args=extra)
+    return SimpleNamespace(request_id=request_id, sampling_params=params)
+
+
+PLAIN = [
+    request(),
+    SimpleNamespace(request_id="none", sampling_params=SimpleNamespace(extra_args=None)),
+    SimpleNamespace(request_id="pooling", sampling_params=None),
+]
+
+
+def test_before_the_first_load_everything_is_there() -> None:
+    circuits = ResidentCircuits()
+    circuits.hold("r", (A, B))
+    assert circuits.wanted(PLAIN) == [A, B]
+
+
+def test_a_request_is_wanted_from_its_arrival_on() -> None:
+    circuits = ResidentCircuits()
+    circuits.hold("on its way", (A,))
+    assert circuits.wanted([request(B, C)]) == [A, B, C]
+    circuits.release("on its way")
+    circuits.release("never seen")
+    assert circuits.wanted([request(B)]) == [B]
+    assert circuits.wanted([]) == []
+
+
+def test_a_request_whose_circuit_was_evicted_is_refused_alone() -> None:
+    circuits = ResidentCircuits()
+    circuits.update([{"resident": [A, B]}, {"resident": [A, B, C]}])
+    circuits.hold("good", (A, B))
+    with pytest.raises(CircuitTableError, match=f"{C[:12]} was unloaded.*send it again"):
+        circuits.hold("late", (A, C))  # one rank of two no longer has it
+    assert circuits.wanted([]) == [A, B], "the refused request holds nothing"
+    circuits.update([{"resident": [C]}])
+    circuits.hold("late", (C,))
+    with pytest.raises(CircuitTableError):
+        circuits.hold("later", (A,))
+
+
+class Core:
+    """An engine core with the methods that the seams wrap."""
+
+    def __init__(self, *running: Any) -> None:
+        self.scheduler = SimpleNamespace(requests={r.request_id: r for r in running})
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.resident = [A, B]
+
+    def preprocess_add_request(self, request: Any) -> Any:
+        return request
+
+    def add_request(self, request: Any) -> None:
+        self.scheduler.requests[request.request_id] = request
+
+    def collective_rpc(
+        self, method: str, timeout: Any = None, args: Any = (), kwargs: Any = None
+    ) -> list[Any]:
+        self.calls.append((method, dict(kwargs or {})))
+        return [{"resident": self.resident}]
+
+
+@pytest.fixture
+def core() -> Core:
+    class Wrapped(Core):
+        preprocess_add_request = engine_core._preprocess_add_request(Core.preprocess_add_request)
+        add_request = engine_core._add_request(Core.add_request)
+        collective_rpc = engine_core._collective_rpc(Core.collective_rpc)
+
+    return Wrapped(request(A, request_id="running"))
+
+
+def test_workers_are_told_what_they_must_keep(core: Core) -> None:
+    core.preprocess_add_request(request(B, request_id="new"))
+    core.collective_rpc("cna_load", args=({},))
+    assert core.calls[-1] == ("cna_load", {"wanted": [A, B]})
+    core.add_request(request(B, request_id="new"))
+    core.collective_rpc("cna_load", args=({},))
+    assert core.calls[-1] == ("cna_load", {"wanted": [A, B]}), "now by the scheduler"
+    core.scheduler.requests.clear()
+    core.collective_rpc("cna_load", args=({},), kwargs={"x": 1})
+    assert core.calls[-1] == ("cna_load", {"x": 1, "wanted": []})
+    core.collective_rpc("cna_status")
+    assert core.calls[-1] == ("cna_status", {})
+
+
+def test_an_evicted_circuit_is_noticed_before_the_worker_sees_it(core: Core) -> None:
+    core.resident = [B]
+    core.collective_rpc("cna_load", args=({},))
+    with pytest.raises(CircuitTableError, match="send it again"):
+        core.preprocess_add_request(request(A))
+    for plain in PLAIN:
+        assert core.preprocess_add_request(plain) is plain
