@@ -28,7 +28,7 @@ class Form:
             return cls(True, 1)
         sizes = [abs(e.value) for e in outcome.estimates if e.value is not None]
         largest = max(sizes, default=0.0)
-        return cls(False, 3 - min(max(math.floor(math.log10(largest or 1.0)) + 1, 0), 3))
+        return cls(False, 3 - min(max(math.ceil(math.log10(largest or 1.0)), 0), 3))
 
     def number(self, value: float | None) -> str:
         return NONE if value is None else self._plain(value) + ("%" if self.percent else "")
