@@ -57,6 +57,15 @@ def p_value(value: float | None) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
+def count(value: int | None) -> str:
+    return NONE if value is None else f"{value:,}"
+
+
+def tick(value: float, *, percent: bool = False) -> str:
+    """A tick's label, as short as it can be."""
+    return f"{100 * value if percent else value:g}"
+
+
 def found(difference: Difference, result: Result) -> bool:
     """Whether the difference is told from none, after Holm's correction."""
     p = difference.comparison.p_holm
