@@ -44,26 +44,33 @@ class Server:
         self.process.wait(timeout=60)
 
 
+def environment(**more: str) -> dict[str, str]:
+    """Of a process that has an engine, on the V1 runner unless ``more`` says otherwise."""
+    inherited = {**os.environ}
+    # The server's engine is a process of its own; V1 is about the model runner.
+    inherited.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    return {
+        **inherited,
+        **V1,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        **more,
+    }
+
+
 @contextmanager
-def serve(model: str, arguments: Sequence[str], log: Path) -> Iterator[Server]:
+def serve(model: str, arguments: Sequence[str], log: Path, **env: str) -> Iterator[Server]:
     """`cna-vllm serve` in a process group of its own; its output goes to ``log``."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "cna_vllm", "serve", model, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--api-key", KEY, "--dtype", "float32", *arguments]
-    environment = {
-        **os.environ,
-        **V1,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_LOGGING_LEVEL": "INFO",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-    }
-    # The server's engine is a process of its own there; V1 is about the model runner.
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     with open(log, "ab") as output:
         process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=output, start_new_session=True
+            command, env=environment(**env), stdout=output, stderr=output, start_new_session=True
         )
     server = Server(process, f"http://127.0.0.1:{port}")
     try:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cna_vllm.batch.partial import BatchError, PartialFile, partial_path
 from cna_vllm.batch.plan import Request, digests
-from cna_vllm.batch.sampling import check_requests, one_line, sampling_params
+from cna_vllm.batch.sampling import check_requests, check_seeds, one_line, sampling_params
 from cna_vllm.prompts import PromptError
 from cna_vllm.rendering import render
 
@@ -88,6 +88,7 @@ def _answer(
 
     wanted = [rows[position] for position in todo]
     check_requests(wanted, llm)
+    check_seeds(wanted, llm)
     prompts = _Rendered(llm, wanted)
     tokens = 0
     shown = tqdm(

@@ -34,6 +34,26 @@ def check_requests(requests: Sequence[Request], llm: LLM | None = None) -> None:
             check_fields(fields, f"{request.source}: sampling", llm)
 
 
+def check_seeds(requests: Sequence[Request], llm: LLM) -> None:
+    """Refuses seeds on a CPU engine that may prefill a prompt in parts.
+
+    vLLM 0.32 then rewinds the request's generator, which PyTorch has on GPUs only, and the whole
+    engine ends.
+
+    Raises:
+        PromptError: with the setting to start the engine with.
+    """
+    from vllm.platforms import current_platform
+
+    seeded = next((request for request in requests if "seed" in request.sampling), None)
+    chunked = llm.llm_engine.vllm_config.scheduler_config.enable_chunked_prefill
+    if seeded is not None and chunked and current_platform.is_cpu():
+        raise PromptError(
+            f"{seeded.source}: sampling with a seed on a CPU needs an engine without chunked "
+            "prefill: start it with enable_chunked_prefill=False (--no-enable-chunked-prefill)"
+        )
+
+
 def check_fields(fields: Mapping[str, Any], where: str, llm: LLM | None = None) -> None:
     """Builds parameters of these fields; with an engine, asks its limits too.
 

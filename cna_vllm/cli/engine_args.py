@@ -47,6 +47,14 @@ def add_section(args: EngineArgs, cna: Mapping[str, Any]) -> None:
     args.additional_config = given
 
 
+def prefill_whole_on_cpu(args: EngineArgs) -> None:
+    """For sampling with seeds, unless the user has chosen: see `cna_vllm.batch.sampling`."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and args.enable_chunked_prefill is None:
+        args.enable_chunked_prefill = False
+
+
 def launch(args: EngineArgs) -> LLM:
     """Starts the engine."""
     from vllm import LLM

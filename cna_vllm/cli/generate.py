@@ -63,10 +63,17 @@ def run(argv: list[str]) -> int:
     if options.seed is not None:
         rest = [*rest, "--seed", str(options.seed)]  # it has always been the engine's too
 
-    from cna_vllm.cli.engine_args import add_section, launch, parse_engine_args
+    from cna_vllm.cli.engine_args import (
+        add_section,
+        launch,
+        parse_engine_args,
+        prefill_whole_on_cpu,
+    )
 
     args = parse_engine_args("generate", rest)
     add_section(args, {"circuits": {name: str(path) for name, (path, _) in circuits.items()}})
+    if any("seed" in row.sampling for row in rows):
+        prefill_whole_on_cpu(args)
     _check_sampling(rows, sampling)
     _check_arms_for_engine(rows, args)
     _check_models(rows, {args.model, Path(args.model).name, *rest})

@@ -48,9 +48,9 @@ class CircuitRegistry:
     processes are seen as soon as they are written.
     """
 
-    def __init__(self, served: ServedModel, store: RegistryStore | None = None) -> None:
+    def __init__(self, served: ServedModel) -> None:
         self.served = served
-        self.store = store
+        self.store: RegistryStore | None = None
         self.pinned: frozenset[str] = frozenset()
         self._reserved: frozenset[str] = frozenset()
         self._names = Names()
@@ -64,7 +64,7 @@ class CircuitRegistry:
         Raises CircuitError, SteeringError, StoreError or CnaConfigError on the first that is
         missing, malformed, of another model, or under a name that is taken.
         """
-        registry = cls(served, RegistryStore(config.registry_dir) if config.registry_dir else None)
+        registry = cls(served)
         for name, path in config.circuits.items():
             circuit = registry.load(path)
             seen = config.digests.get(name)
@@ -77,7 +77,10 @@ class CircuitRegistry:
         for name, adapter in config.adapters.items():
             registry.register_adapter(name, Adapter.from_dict(adapter))
         registry.pinned = frozenset([*config.circuits, *config.adapters])
-        registry.refresh()
+        if config.registry_dir is not None:
+            # Not before: a look at the store keeps pinned names only.
+            registry.store = RegistryStore(config.registry_dir)
+            registry.refresh()
         return registry
 
     def load(self, path: str | os.PathLike[str]) -> Circuit:

@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
 from tests import tiny_models
-from tests.engine_job import ROOT, V1, V2, run_engine
+from tests.engine_job import V2, run_engine
 from tests.integration.conftest import Subject
+from tests.server import environment
 
 pytestmark = pytest.mark.engine
 
@@ -57,13 +57,7 @@ def test_the_self_test_passes_and_can_fail(tiny: Subject) -> None:
 def test_the_command(tiny: Subject) -> None:
     command = [sys.executable, "-m", "cna_vllm", "doctor", tiny.path, "--json"]
     command += ["--skip-tokenizer-init", "--dtype=float32", "--max-model-len=64"]
-    environment = {
-        **os.environ,
-        **V1,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     report = json.loads(done.stdout)
     assert report["ok"] and all(check["holds"] for check in report["checks"])

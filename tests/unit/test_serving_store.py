@@ -104,6 +104,24 @@ def test_a_spoiled_registry_refuses_steering_and_names_no_path(tmp_path: Path) -
     assert str(tmp_path) not in str(error.value)
 
 
+def test_a_restart_with_configured_adapters_and_a_filled_registry(tmp_path: Path) -> None:
+    """Adapters of the configuration use its circuits, whatever the registry directory holds."""
+    circuit(1).save(tmp_path / "a.json")
+    save(RegistryStore(tmp_path / "r"), {"b": circuit(2)}, more=Adapter.parse("a@2+b@0"))
+    names = registry(
+        tmp_path / "r",
+        circuits={"a": str(tmp_path / "a.json")},
+        adapters={"off": {"circuit": "a", "multiplier": 0}},
+    )
+    assert {n: c.digest for n, c in names.circuits().items()} == {
+        "a": circuit(1).digest,
+        "b": circuit(2).digest,
+    }
+    assert names.adapter("off") == Adapter.from_dict({"circuit": "a", "multiplier": 0})
+    assert names.adapter("more") == Adapter.parse("a@2+b@0")
+    assert set(names.stored().circuits) == {"b"} and set(names.stored().adapters) == {"more"}
+
+
 def test_configured_names_are_pinned(tmp_path: Path) -> None:
     circuit(1).save(tmp_path / "a.json")
     save(RegistryStore(tmp_path / "r"), {"a": circuit(2)})
