@@ -114,9 +114,16 @@ def methods(result: Result) -> list[str]:
             f"with a power of {100 * analysis.power:g}% at the uncorrected level "
             f"{1 - analysis.confidence:g}: a figure for planning, not evidence."
         )
-    count = sum(len(outcome.differences) for outcome in result.outcomes)
+    unscored = [
+        metric.name
+        for metric in result.metrics
+        if all(outcome.metric != metric.name for outcome in result.outcomes)
+    ]
+    if unscored:
+        lines.append(f"Without a score on any of these prompts: {', '.join(unscored)}.")
+    compared = sum(len(outcome.differences) for outcome in result.outcomes)
     lines.append(
-        f"Holm's correction is over all {count} comparisons together; the mark * says that "
+        f"Holm's correction is over all {compared} comparisons together; the mark * says that "
         f"the corrected p is at most {1 - analysis.confidence:g}."
     )
     return lines
