@@ -47,6 +47,7 @@ class LayerVocabulary:
 class GatedMlp:
     """One gated MLP on this rank: neurons [offset, offset + width) of ``layer``.
 
+    decoder: the decoder layer that it is in.
     routed_experts: paths of the routed experts beside it, whose neurons are out of reach.
     """
 
@@ -60,6 +61,7 @@ class GatedMlp:
     offset: int
     total_width: int
     routed_experts: tuple[str, ...] = ()
+    decoder: nn.Module | None = None
 
 
 def find_gated_mlps(
@@ -113,6 +115,7 @@ def _gated_mlp(index: int, path: str, layer: nn.Module, vocabulary: LayerVocabul
                     offset=int(down.tp_rank) * width,
                     total_width=total,
                     routed_experts=routed,
+                    decoder=layer,
                 )
             )
     if not found and routed:

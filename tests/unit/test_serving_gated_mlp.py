@@ -158,6 +158,7 @@ def test_found_by_structure_whatever_the_names(names: list[str], kind: str, lora
         width=5,
         offset=10,
         total_width=20,
+        decoder=wrapped,
     )
 
 
