@@ -177,6 +177,22 @@ class _Steps:
 
         unload_circuit(self.llm, name)
 
+    def load_vectors(self, name: str, path: str) -> str:
+        from cna_vllm.serving.vector_control import list_vectors, load_vectors
+
+        digest = load_vectors(self.llm, name, path).digest
+        assert list_vectors(self.llm)[name].digest == digest
+        return digest
+
+    def mean_difference(
+        self, positive: Sequence[Sequence[int]], negative: Sequence[Sequence[int]], form: str
+    ) -> Any:
+        """[layers, hidden_size], as lists."""
+        from cna_vllm.baselines import mean_difference
+
+        ids = [[list(p) for p in prompts] for prompts in (positive, negative)]
+        return mean_difference(self.llm, *ids, form=form).tolist()
+
     def status(self) -> list[dict[str, Any]]:
         from cna_vllm.serving.control import status
 

@@ -51,6 +51,7 @@ class GatedMlp:
     """One gated MLP on this rank: neurons [offset, offset + width) of ``layer``.
 
     down_proj: the linear itself, in a LoRA wrapper or not.
+    decoder: the decoder layer that it is in.
     routed_experts: paths of the routed experts beside it, whose neurons are out of reach.
     adapted: children of ``module`` in LoRA wrappers -> the layers themselves.
     """
@@ -66,6 +67,7 @@ class GatedMlp:
     total_width: int
     routed_experts: tuple[str, ...] = ()
     adapted: Mapping[str, nn.Module] = field(default_factory=dict)
+    decoder: nn.Module | None = None
 
 
 def find_gated_mlps(
@@ -121,6 +123,7 @@ def _gated_mlp(index: int, path: str, layer: nn.Module, vocabulary: LayerVocabul
                     total_width=total,
                     routed_experts=routed,
                     adapted={k: v for k, v in layers.items() if v is not getattr(module, k)},
+                    decoder=layer,
                 )
             )
     if not found and routed:

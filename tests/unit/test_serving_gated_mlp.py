@@ -154,6 +154,7 @@ def test_found_by_structure_whatever_the_names(names: list[str], kind: str, lora
         offset=10,
         total_width=20,
         adapted={names[2]: down} if lora else {},
+        decoder=wrapped,
     )
 
 
