@@ -215,7 +215,8 @@ def test_it_can_be_read_by_all(page: webdriver.Chrome) -> None:
           if (!field.labels.length) problems.push("no label: " + field.id);
         for (const image of document.querySelectorAll("svg:not(svg svg)"))
           if (!image.ariaHidden && !image.ariaLabel) problems.push("no text for a picture");
-        const levels = [...document.querySelectorAll("h1, h2, h3, h4, h5, h6")].map((h) => +h.tagName[1]);
+        const headings = document.querySelectorAll("h1, h2, h3, h4, h5, h6");
+        const levels = [...headings].map((heading) => Number(heading.tagName[1]));
         levels.forEach((level, i) => {
           if (i && level > levels[i - 1] + 1) problems.push("a heading skips a level");
         });
