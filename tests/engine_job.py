@@ -58,7 +58,7 @@ def run_engine(
                 "VLLM_LOGGING_LEVEL": "WARNING",
                 "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
                 "HF_HUB_OFFLINE": "1",
-                **_own_core(),
+                **own_core(),
                 **env,
             },
             stdout=subprocess.PIPE,
@@ -72,7 +72,7 @@ def run_engine(
         return json.loads(result.read_text())
 
 
-def _own_core() -> dict[str, str]:
+def own_core() -> dict[str, str]:
     """Under pytest-xdist, a core for each worker's engines; left alone, all bind to the same."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is None:
