@@ -28,6 +28,7 @@ style: setup ## lint and type checks
 	$(BIN)/mypy
 
 test: style ## style, and all tests, those with a real engine included
+	@bash .ci/browser.sh >/dev/null || true
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal
 
 bench: setup ## run every benchmark; add RECORD=1 to append to benchmarks/results

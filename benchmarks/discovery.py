@@ -12,8 +12,7 @@ variants once, in rotated order, one at a time. A ratio is the median over round
 within a round, printed with its quartiles; CPU ratios compare the process's CPU time, which other
 load on the machine disturbs less. Memory: what the recorder holds on the device, and the growth
 of the process's peak resident memory from 50 to 500 prompts, beside that of stock vLLM (whose
-batches grow too). With --record a JSON row is
-appended to benchmarks/results/discovery.jsonl.
+batches grow too). With --record a JSON row is appended to benchmarks/results/discovery.jsonl.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def run_engine(
                 "VLLM_LOGGING_LEVEL": "WARNING",
                 "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
                 "HF_HUB_OFFLINE": "1",
-                **_own_core(),
+                **own_core(),
                 **env,
             },
             stdout=subprocess.PIPE,
@@ -72,7 +72,7 @@ def run_engine(
         return json.loads(result.read_text())
 
 
-def _own_core() -> dict[str, str]:
+def own_core() -> dict[str, str]:
     """Under pytest-xdist, a core for each worker's engines; left alone, all bind to the same."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is None:
@@ -176,6 +176,22 @@ class _Steps:
         from cna_vllm.serving.control import unload_circuit
 
         unload_circuit(self.llm, name)
+
+    def load_vectors(self, name: str, path: str) -> str:
+        from cna_vllm.serving.vector_control import list_vectors, load_vectors
+
+        digest = load_vectors(self.llm, name, path).digest
+        assert list_vectors(self.llm)[name].digest == digest
+        return digest
+
+    def mean_difference(
+        self, positive: Sequence[Sequence[int]], negative: Sequence[Sequence[int]], form: str
+    ) -> Any:
+        """[layers, hidden_size], as lists."""
+        from cna_vllm.baselines import mean_difference
+
+        ids = [[list(p) for p in prompts] for prompts in (positive, negative)]
+        return mean_difference(self.llm, *ids, form=form).tolist()
 
     def status(self) -> list[dict[str, Any]]:
         from cna_vllm.serving.control import status

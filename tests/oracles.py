@@ -18,12 +18,22 @@ NEAR_TIE = 1e-4
 Channels = Mapping[int, Sequence[int]]
 
 
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """What is added per unit of coefficient, by layer: to MLP outputs or to the layers' own."""
+
+    form: str
+    by_layer: Mapping[int, torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Arm:
-    """What a request asks for, spelled out: (channels by layer, multiplier) pairs and a scope."""
+    """What a request asks for, spelled out: (channels by layer, multiplier) and (vectors,
+    coefficient) pairs, and a scope."""
 
     circuits: tuple[tuple[Channels, float], ...] = ()
     scope: str = "last"
+    vectors: tuple[tuple[Vectors, float], ...] = ()
 
     def first_position(self, prompt_len: int) -> int:
         return {"last": prompt_len - 1, "all": 0, "generated": prompt_len}[self.scope]
@@ -40,7 +50,8 @@ class Verdict:
 
 
 class HookedModel:
-    """A float32 Hugging Face model whose ``down_proj`` inputs are scaled by hooks."""
+    """A float32 Hugging Face model, steered by hooks: ``down_proj`` inputs are scaled, and vectors
+    are added to the outputs of MLPs or of whole decoder layers."""
 
     def __init__(self, path: str | Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(
@@ -54,6 +65,11 @@ class HookedModel:
         for index, layer in enumerate(self.model.model.layers):
             hook = _scaling_hook(arm, index, first)
             handles.append(_down_proj(layer).register_forward_pre_hook(hook))
+            for vectors, coefficient in arm.vectors:
+                if index in vectors.by_layer:
+                    added = coefficient * vectors.by_layer[index]
+                    module = layer.mlp if vectors.form == "mlp" else layer
+                    handles.append(module.register_forward_hook(_adding_hook(added, first)))
         try:
             yield
         finally:
@@ -97,6 +113,26 @@ class HookedModel:
                 handle.remove()
         return torch.stack([seen[i] for i in range(len(seen))])
 
+    @torch.inference_mode()
+    def outputs(self, prompt: Sequence[int], form: str) -> torch.Tensor:
+        """float32 [layers, hidden_size] at the last token: of each MLP, or of each layer."""
+        seen: dict[int, torch.Tensor] = {}
+        handles = []
+        for index, layer in enumerate(self.model.model.layers):
+
+            def keep(_module: object, _args: object, output: Any, index: int = index) -> None:
+                hidden = output if isinstance(output, torch.Tensor) else output[0]
+                seen[index] = hidden.flatten(0, -2)[-1].clone()
+
+            module = layer.mlp if form == "mlp" else layer
+            handles.append(module.register_forward_hook(keep))
+        try:
+            self.model(torch.tensor([list(prompt)]))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack([seen[i] for i in range(len(seen))])
+
 
 def _down_proj(layer: Any) -> torch.nn.Module:
     """Where a decoder layer's neurons enter; in a mixture of experts, its shared expert's."""
@@ -113,6 +149,15 @@ def _scaling_hook(arm: Arm, layer: int, first: int):  # type: ignore[no-untyped-
         return (hidden, *args[1:])
 
     return scale
+
+
+def _adding_hook(added: torch.Tensor, first: int):  # type: ignore[no-untyped-def]
+    def add(_module: object, _args: object, output: Any) -> Any:
+        hidden = (output if isinstance(output, torch.Tensor) else output[0]).clone()
+        hidden[..., first:, :] += added
+        return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
+
+    return add
 
 
 def assert_token_exact(verdicts: Sequence[Verdict], what: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 
 from tests.engine_job import ROOT, V1
 
@@ -37,6 +38,12 @@ class Server:
 
     def openai(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=120)
+
+    def memory(self) -> dict[str, int]:
+        """Resident bytes of every process of the server, by name and id."""
+        first = psutil.Process(self.process.pid)
+        processes = [first, *first.children(recursive=True)]
+        return {f"{p.name()} {p.pid}": p.memory_info().rss for p in processes}
 
     def kill(self) -> None:
         """SIGKILL to every process of the server at once."""

@@ -51,17 +51,20 @@ def llama(folder: Path, **overrides: Any) -> Path:
 
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
+    "{% for message in messages %}"
+    "{% if message.role == 'tool' %}{{ raise_exception('no tools,\\nplease') }}{% endif %}"
+    "{{ message.role }} {{ message.content }} {% endfor %}"
     "{% if add_generation_prompt %}assistant{% endif %}"
 )
 
 
 def add_tokenizer(folder: Path) -> Path:
-    """A tokenizer of the words `w0`, `w1`, ..., one a token, and a chat template."""
-    words = {f"w{i}": i for i in range(VOCABULARY)} | {"user": 3, "assistant": 4, "system": 5}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    """A tokenizer of words, `w6` and so on, one a token, and a chat template."""
+    names = ["<unk>", "<s>", "</s>", "user", "assistant", "system"]
+    words = {f"w{i}" if i >= len(names) else names[i]: i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
     return folder

@@ -90,7 +90,9 @@ class PartialFile:
         self.path.unlink()
 
     def close(self) -> None:
-        """Gives the file free; its rows stay."""
+        """Gives the file free; its rows stay. One without rows goes, for it keeps nothing."""
+        if not self._handle.closed and not self._places:
+            self.path.unlink(missing_ok=True)
         self._handle.close()
 
     def __enter__(self) -> PartialFile:

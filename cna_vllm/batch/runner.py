@@ -162,10 +162,11 @@ def _finished(
                     raise BatchError(f"{request.source}: {one_line(error)}") from error
             if not running:
                 return
-            for output in engine.step():
-                if output.finished:
-                    del running[output.request_id]
-                    yield int(output.request_id), output
+            finished = [output for output in engine.step() if output.finished]
+            for output in finished:
+                del running[output.request_id]
+            for output in finished:
+                yield int(output.request_id), output
     except (ValueError, OSError, GeneratorExit):  # the engine itself is well: leave it idle
         engine.abort_request(list(running.values()), internal=True)
         raise

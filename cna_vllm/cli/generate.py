@@ -5,23 +5,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from cna_vllm import __version__
 from cna_vllm.arms import Arm, check_names, parse_arm, steering_arm
 from cna_vllm.batch.partial import discard
 from cna_vllm.batch.plan import Request, plan
 from cna_vllm.batch.reading import BatchPrompt, read_batch
-from cna_vllm.circuit import Circuit, show
+from cna_vllm.circuit import show
+from cna_vllm.cli.batch_run import check_admission, check_sampling, engine_identity
 from cna_vllm.cli.options import OptionParser, UsageError, check_output, load_circuits
 from cna_vllm.cli.sampling_options import add_sampling_options, sampling_fields
 from cna_vllm.prompts import PromptError
-from cna_vllm.request import DEFAULT_SCOPE, SCOPES, CircuitRequest
-
-if TYPE_CHECKING:
-    from vllm.engine.arg_utils import EngineArgs
+from cna_vllm.request import DEFAULT_SCOPE, SCOPES
 
 _DESCRIPTION = """\
 Answer every prompt in every arm: every circuit at every --multiplier, and every --arm.
@@ -38,16 +34,6 @@ Input, by its suffix:
 
 Finished rows are kept in OUT.jsonl.partial. After any interruption, the same command goes on from
 there, and the file is then the same as without it."""
-# What of vLLM's flags decides the text of an answer, apart from rounding.
-_ENGINE_IDENTITY = (
-    "model",
-    "revision",
-    "tokenizer",
-    "tokenizer_revision",
-    "dtype",
-    "quantization",
-    "max_model_len",
-)
 
 
 def run(argv: list[str]) -> int:
@@ -74,10 +60,11 @@ def run(argv: list[str]) -> int:
     add_section(args, {"circuits": {name: str(path) for name, (path, _) in circuits.items()}})
     if any("seed" in row.sampling for row in rows):
         prefill_whole_on_cpu(args)
-    _check_sampling(rows, sampling)
-    _check_arms_for_engine(rows, args)
+    check_sampling(rows, sampling)
+    check_admission({row.arm: None for row in rows}, args)
     _check_models(rows, {args.model, Path(args.model).name, *rest})
-    identity = _identity(args, {name: circuit for name, (_, circuit) in circuits.items()})
+    digests = {f"circuit {name}": circuit.digest for name, (_, circuit) in circuits.items()}
+    identity = {**engine_identity(args), **digests}
 
     from cna_vllm.batch.runner import rows_done, run_batch
 
@@ -126,29 +113,6 @@ def _check_arms(
     return chosen
 
 
-def _check_sampling(rows: Sequence[Request], sampling: Mapping[str, Any]) -> None:
-    from cna_vllm.batch.sampling import check_fields, check_requests
-
-    # Of these two, the plan has made numbers of samples and seeds of rows.
-    fields = {name: value for name, value in sampling.items() if name not in ("n", "seed")}
-    check_fields(fields, "sampling")
-    check_requests(rows)
-
-
-def _check_arms_for_engine(rows: Sequence[Request], args: EngineArgs) -> None:
-    """Raises SteeringError for an arm that this engine would not admit."""
-    from cna_vllm.serving.config import CnaConfig
-
-    config = CnaConfig.from_additional_config(args.additional_config)
-    assert config is not None  # add_section has put it there
-    for arm in {row.arm: None for row in rows}:
-        CircuitRequest.from_extra_args(
-            arm.extra_args(),
-            max_multiplier=config.max_multiplier,
-            max_circuits=config.max_circuits_per_request,
-        )
-
-
 def _check_models(rows: Sequence[Request], names: Container[str]) -> None:
     """Raises PromptError for a row that names another model: an adapter, for instance."""
     for row in rows:
@@ -158,18 +122,6 @@ def _check_models(rows: Sequence[Request], names: Container[str]) -> None:
                 f"{row.source}: 'model': {show(model)} is not this run's model; remove it "
                 "(adapters are for servers: here, steer with --arm or vllm_xargs)"
             )
-
-
-def _identity(args: EngineArgs, circuits: Mapping[str, Circuit]) -> dict[str, Any]:
-    import vllm
-
-    engine = {name: getattr(args, name) for name in _ENGINE_IDENTITY}
-    return {
-        **{name: None if value is None else str(value) for name, value in engine.items()},
-        **{f"circuit {name}": circuit.digest for name, circuit in circuits.items()},
-        "cna-vllm": __version__,
-        "vllm": vllm.__version__,
-    }
 
 
 def _parser() -> OptionParser:

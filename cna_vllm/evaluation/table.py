@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from cna_vllm.evaluation.outcomes import Difference, Estimate, Outcome
 from cna_vllm.evaluation.result import Result
-from cna_vllm.evaluation.wording import Form, found, methods, p_value
+from cna_vllm.evaluation.wording import Form, count, found, methods, p_value
 
 _WIDTH = 100
 
@@ -45,17 +45,17 @@ def _block(outcome: Outcome, result: Result) -> str:
             if flips and difference.flips:
                 line.append(f"{difference.flips.only_control}/{difference.flips.only_arm}")
             if result.analysis.power is not None:
-                line.append(_count(difference.needed_seen))
+                line.append(count(difference.needed_seen))
             if wanted:
-                line.append(_count(difference.needed_wanted))
+                line.append(count(difference.needed_wanted))
         lines.append(line + [""] * (len(columns) - len(line)))
     direction = "" if metric.better == "neither" else f", {metric.better} is better"
     return f"{metric.name} on {outcome.prompt_set}{direction}\n{_align(lines)}"
 
 
 def _estimate_cells(estimate: Estimate, form: Form) -> list[str]:
-    count = f"{estimate.n}" if not estimate.missing else f"{estimate.n} (-{estimate.missing})"
-    return [estimate.arm, count, form.number(estimate.value), form.interval(estimate.interval)]
+    n = f"{estimate.n}" if not estimate.missing else f"{estimate.n} (-{estimate.missing})"
+    return [estimate.arm, n, form.number(estimate.value), form.interval(estimate.interval)]
 
 
 def _difference_cells(difference: Difference, form: Form) -> list[str]:
@@ -66,10 +66,6 @@ def _difference_cells(difference: Difference, form: Form) -> list[str]:
         p_value(compared.p_value),
         p_value(compared.p_holm),
     ]
-
-
-def _count(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"
 
 
 def _align(lines: Sequence[Sequence[str]]) -> str:

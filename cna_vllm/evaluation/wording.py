@@ -57,6 +57,15 @@ def p_value(value: float | None) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
+def count(value: int | None) -> str:
+    return NONE if value is None else f"{value:,}"
+
+
+def tick(value: float, *, percent: bool = False) -> str:
+    """A tick's label, as short as it can be."""
+    return f"{100 * value if percent else value:g}"
+
+
 def found(difference: Difference, result: Result) -> bool:
     """Whether the difference is told from none, after Holm's correction."""
     p = difference.comparison.p_holm
@@ -105,9 +114,16 @@ def methods(result: Result) -> list[str]:
             f"with a power of {100 * analysis.power:g}% at the uncorrected level "
             f"{1 - analysis.confidence:g}: a figure for planning, not evidence."
         )
-    count = sum(len(outcome.differences) for outcome in result.outcomes)
+    unscored = [
+        metric.name
+        for metric in result.metrics
+        if all(outcome.metric != metric.name for outcome in result.outcomes)
+    ]
+    if unscored:
+        lines.append(f"Without a score on any of these prompts: {', '.join(unscored)}.")
+    compared = sum(len(outcome.differences) for outcome in result.outcomes)
     lines.append(
-        f"Holm's correction is over all {count} comparisons together; the mark * says that "
+        f"Holm's correction is over all {compared} comparisons together; the mark * says that "
         f"the corrected p is at most {1 - analysis.confidence:g}."
     )
     return lines

@@ -20,12 +20,17 @@ class StepBuffers:
     arm_multipliers: float32 [max_arms, slots].
     row_record: int32 [max_num_tokens]: recording slot of each token row, -1 for none; None when
         the engine does not record.
+    arm_vectors: int32 [max_arms, vector slots]: table rows of an arm's vectors, -1 for unused
+        slots; None, like the coefficients, when the engine adds no vectors.
+    arm_coefficients: float32 [max_arms, vector slots].
     """
 
     row_arm: torch.Tensor
     arm_circuits: torch.Tensor
     arm_multipliers: torch.Tensor
     row_record: torch.Tensor | None = None
+    arm_vectors: torch.Tensor | None = None
+    arm_coefficients: torch.Tensor | None = None
 
 
 class SteeredActAndMul(nn.Module):

@@ -17,6 +17,7 @@ from cna_vllm.request import (
 )
 from cna_vllm.serving.config import CnaConfig
 from cna_vllm.serving.registry import CircuitRegistry
+from cna_vllm.serving.vector_registry import VectorRegistry
 
 
 def has_fields(extra_args: Mapping[str, Any] | None) -> bool:
@@ -61,9 +62,16 @@ class Admission:
     Raises SteeringError when a registered adapter could not be admitted.
     """
 
-    def __init__(self, config: CnaConfig, registry: CircuitRegistry) -> None:
+    def __init__(
+        self,
+        config: CnaConfig,
+        registry: CircuitRegistry,
+        vectors: VectorRegistry | None = None,
+    ) -> None:
+        """vectors: None for an engine that adds none; requests for them are refused then."""
         self.config = config
         self.registry = registry
+        self.vectors = vectors
         for adapter in registry.names().adapters.values():
             self.admit(adapter.fields)
 
@@ -72,8 +80,9 @@ class Admission:
     ) -> dict[str, Any] | None:
         """The extra_args that the engine shall see: ours replaced by the resolved form.
 
-        The resolved form names circuits by content digest, computed here and never taken from a
-        client, so that it can key the prefix cache. Raises SteeringError, naming the field.
+        The resolved form names circuits and vectors by content digest, computed here and never
+        taken from a client, so that it can key the prefix cache. Raises SteeringError, naming the
+        field.
         """
         if extra_args is None or not has_fields(extra_args):
             return None if extra_args is None else dict(extra_args)
@@ -96,9 +105,11 @@ class Admission:
             ours,
             max_multiplier=self.config.max_multiplier,
             max_circuits=self.config.max_circuits_per_request,
+            max_vectors=self.config.max_vectors_per_request,
         )
         if request is not None:
-            steering = resolve(request, self.registry.digest)
+            vector_digest = None if self.vectors is None else self.vectors.digest
+            steering = resolve(request, self.registry.digest, vector_digest)
             if steering is not None:
                 others[RESOLVED_FIELD] = AdmittedSteering(steering.to_field())
         return others

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a loaded model to a rank's steering runtime with the configured circuits resident."""
+"""From a loaded model to a rank's steering runtime with what is configured resident."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from torch import nn
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.registry import CircuitRegistry
 from cna_vllm.serving.runtime import SteeringRuntime
+from cna_vllm.serving.vector_registry import ServedStream, VectorRegistry
 from cna_vllm.serving.vllm_model import gated_mlps, served_model
+from cna_vllm.vectors import RESIDUAL_ARCHITECTURES
 
 
 def attach(vllm_config: Any, model: nn.Module, device: torch.device) -> SteeringRuntime:
-    """Hooks a loaded target model and makes the configured circuits resident."""
+    """Hooks a loaded target model and makes the configured circuits and vectors resident."""
     config = CnaConfig.from_additional_config(vllm_config.additional_config)
     if config is None:
         raise CnaConfigError("the engine was not configured to steer")
@@ -35,7 +37,13 @@ def attach(vllm_config: Any, model: nn.Module, device: torch.device) -> Steering
         device=device,
         max_num_reqs=scheduler.max_num_seqs,
         max_num_tokens=scheduler.max_num_batched_tokens,
+        record_stream=served.architecture in RESIDUAL_ARCHITECTURES,
     )
     for circuit in CircuitRegistry.from_config(config, served).circuits().values():
         runtime.load(circuit)
+    if config.max_vectors:
+        for vectors in (
+            VectorRegistry.from_config(config, ServedStream.of(model_config)).vectors().values()
+        ):
+            runtime.load_vectors(vectors)
     return runtime

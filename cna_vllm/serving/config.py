@@ -23,7 +23,11 @@ class CnaConfig:
     max_circuits: rows of the resident table; memory is rows * layers * intermediate_size / 8
         bytes over all ranks.
     max_circuits_per_request: how many circuits one request may combine.
-    max_multiplier: largest accepted |multiplier|.
+    max_multiplier: largest accepted |multiplier|, and |coefficient|.
+    vectors: name -> path of a file of steering vectors, loaded like the circuits.
+    max_vectors: rows of the table of vectors, at 4 * layers * hidden_size bytes each on every
+        rank; 0: the model has not one operation more, and requests for vectors are refused.
+    max_vectors_per_request: how many sets of vectors one request may combine.
     record: also keep activations of requests that ask for it (discovery).
     adapters: name -> {"circuit": ..., "multiplier": ..., "scope": ..., "lora": ...}: steering that
         a request gets by naming it as its model.
@@ -31,13 +35,17 @@ class CnaConfig:
     registry_dir: folder that keeps what was loaded at run time, across restarts and for all API
         server processes.
     max_neurons, max_file_bytes: limits of a circuit that is loaded over HTTP.
-    digests: name -> content digest seen by the front end; workers refuse other content.
+    digests, vector_digests: name -> content digest seen by the front end; workers refuse other
+        content.
     """
 
     circuits: Mapping[str, str] = field(default_factory=dict)
     max_circuits: int = 128
     max_circuits_per_request: int = 4
     max_multiplier: float = 1000.0
+    vectors: Mapping[str, str] = field(default_factory=dict)
+    max_vectors: int = 0
+    max_vectors_per_request: int = 2
     record: bool = False
     adapters: Mapping[str, Any] = field(default_factory=dict)
     circuit_dir: str | None = None
@@ -45,6 +53,7 @@ class CnaConfig:
     max_neurons: int = 1_000_000
     max_file_bytes: int = 16 * 2**20
     digests: Mapping[str, str] = field(default_factory=dict)
+    vector_digests: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> CnaConfig | None:
@@ -65,18 +74,20 @@ class CnaConfig:
             if key not in known:
                 raise CnaConfigError(
                     f"additional_config['{CONFIG_KEY}'] has the unknown key {key!r}; "
-                    f"known keys: {', '.join(sorted(known - {'digests'}))}"
+                    f"known keys: {', '.join(sorted(known - _OWN))}"
                 )
-        config = cls(**{**section, "circuits": _circuits(section.get("circuits", {}))})
-        for name in ("max_circuits", "max_circuits_per_request", "max_neurons", "max_file_bytes"):
+        paths = {kind: _paths(kind, section.get(kind, {})) for kind in ("circuits", "vectors")}
+        config = cls(**{**section, **paths})
+        for name, least in _LEAST.items():
             value = getattr(config, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise CnaConfigError(f"cna.{name} must be a whole number of at least 1")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise CnaConfigError(f"cna.{name} must be a whole number of at least {least}")
         limit = config.max_multiplier
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= 1e6:
             raise CnaConfigError("cna.max_multiplier must be a number above 0 and up to 1e6")
-        if not isinstance(config.digests, Mapping):
-            raise CnaConfigError("cna.digests is set by the engine itself; remove it")
+        for name in sorted(_OWN):
+            if not isinstance(getattr(config, name), Mapping):
+                raise CnaConfigError(f"cna.{name} is set by the engine itself; remove it")
         if not isinstance(config.adapters, Mapping):
             raise CnaConfigError("cna.adapters must map names to objects")
         for name in config.adapters:
@@ -92,19 +103,42 @@ class CnaConfig:
                 f"cna.circuits names {len(config.circuits)} circuits, more than cna.max_circuits "
                 f"= {config.max_circuits}; raise max_circuits"
             )
+        if len(config.vectors) > config.max_vectors:
+            raise CnaConfigError(
+                f"cna.vectors names {len(config.vectors)} sets of vectors, more than "
+                f"cna.max_vectors = {config.max_vectors}; raise max_vectors"
+            )
+        for name in config.vectors:
+            if name in config.circuits or name in config.adapters:
+                raise CnaConfigError(
+                    f"cna.vectors[{name!r}] has the name of a circuit or adapter; choose another"
+                )
         return config
 
 
-def _circuits(value: Any) -> dict[str, str]:
+_OWN = frozenset({"digests", "vector_digests"})
+_LEAST = {
+    "max_circuits": 1,
+    "max_circuits_per_request": 1,
+    "max_neurons": 1,
+    "max_file_bytes": 1,
+    "max_vectors": 0,
+    "max_vectors_per_request": 1,
+}
+
+
+def _paths(kind: str, value: Any) -> dict[str, str]:
     if not isinstance(value, Mapping):
-        raise CnaConfigError("cna.circuits must map names to circuit files")
-    circuits: dict[str, str] = {}
+        raise CnaConfigError(f"cna.{kind} must map names to {kind.removesuffix('s')} files")
+    paths: dict[str, str] = {}
     for name, path in value.items():
         check_name(name)
         if not isinstance(path, str | os.PathLike):
-            raise CnaConfigError(f"cna.circuits[{name!r}] must be the path of a circuit file")
-        circuits[name] = os.fspath(path)
-    return circuits
+            raise CnaConfigError(
+                f"cna.{kind}[{name!r}] must be the path of a {kind.removesuffix('s')} file"
+            )
+        paths[name] = os.fspath(path)
+    return paths
 
 
 def check_name(name: Any) -> None:

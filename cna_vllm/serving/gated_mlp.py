@@ -15,8 +15,9 @@ and are never steered or recorded, which ``GatedMlp.routed_experts`` says by nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,13 +34,15 @@ class LayerVocabulary:
 
     activation: name of the fused activation ("silu", ...), or None for any other module.
     unknown_activation: whether a module is a fused activation that no kernel here covers.
-    down_projection: the row-parallel linear behind a module (LoRA unwrapped), or None.
+    down_projection: whether a module is a row-parallel linear.
+    without_adapter: the layer that a LoRA wrapper is around; any other module itself.
     routed_experts: whether a module runs fused routed experts.
     """
 
     activation: Callable[[nn.Module], str | None]
     unknown_activation: Callable[[nn.Module], bool]
-    down_projection: Callable[[nn.Module], nn.Module | None]
+    down_projection: Callable[[nn.Module], bool]
+    without_adapter: Callable[[nn.Module], nn.Module]
     routed_experts: Callable[[nn.Module], bool]
 
 
@@ -47,7 +50,10 @@ class LayerVocabulary:
 class GatedMlp:
     """One gated MLP on this rank: neurons [offset, offset + width) of ``layer``.
 
+    down_proj: the linear itself, in a LoRA wrapper or not.
+    decoder: the decoder layer that it is in.
     routed_experts: paths of the routed experts beside it, whose neurons are out of reach.
+    adapted: children of ``module`` in LoRA wrappers -> the layers themselves.
     """
 
     layer: int
@@ -60,6 +66,8 @@ class GatedMlp:
     offset: int
     total_width: int
     routed_experts: tuple[str, ...] = ()
+    adapted: Mapping[str, nn.Module] = field(default_factory=dict)
+    decoder: nn.Module | None = None
 
 
 def find_gated_mlps(
@@ -96,7 +104,8 @@ def _gated_mlp(index: int, path: str, layer: nn.Module, vocabulary: LayerVocabul
                 f"layer {index}: {name} uses a fused activation that no kernel covers "
                 f"({', '.join(type(c).__name__ for c in module.children())}); covered: silu, gelu"
             )
-        downs = [d for c in module.children() if (d := vocabulary.down_projection(c)) is not None]
+        layers = {key: vocabulary.without_adapter(c) for key, c in module.named_children()}
+        downs = [linear for linear in layers.values() if vocabulary.down_projection(linear)]
         if len(activations) == 1 and len(downs) == 1:
             attribute, kind = activations[0]
             down: Any = downs[0]
@@ -113,6 +122,8 @@ def _gated_mlp(index: int, path: str, layer: nn.Module, vocabulary: LayerVocabul
                     offset=int(down.tp_rank) * width,
                     total_width=total,
                     routed_experts=routed,
+                    adapted={k: v for k, v in layers.items() if v is not getattr(module, k)},
+                    decoder=layer,
                 )
             )
     if not found and routed:
@@ -136,12 +147,14 @@ def ablated_output_matches(mlp: GatedMlp, hidden_size: int, dtype: torch.dtype) 
 
     The caller has marked row 1 as ablated in every channel and row 0 as plain; so row 1 must
     leave the MLP as what ``down_proj`` makes of zeros, whatever the weights are. This runs the
-    model's real forward code, so a path that goes around the hook shows here.
+    model's real forward code, so a path that goes around the hook shows here. LoRA wrappers, which
+    work only within a batch, are left out.
     """
     device = next(mlp.module.parameters()).device
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, hidden_size, generator=generator).to(device, dtype)
-    steered = mlp.module(hidden)
+    with _without_adapters(mlp):
+        steered = mlp.module(hidden)
     zeros = torch.zeros(2, mlp.width, dtype=dtype, device=device)
     expected = mlp.down_proj(zeros)
     if isinstance(expected, tuple):
@@ -149,3 +162,15 @@ def ablated_output_matches(mlp: GatedMlp, hidden_size: int, dtype: torch.dtype) 
     if isinstance(steered, tuple):
         steered = steered[0]
     return bool(torch.equal(steered[1], expected[1]))
+
+
+@contextmanager
+def _without_adapters(mlp: GatedMlp) -> Iterator[None]:
+    wrappers = {name: getattr(mlp.module, name) for name in mlp.adapted}
+    for name, layer in mlp.adapted.items():
+        setattr(mlp.module, name, layer)
+    try:
+        yield
+    finally:
+        for name, wrapper in wrappers.items():
+            setattr(mlp.module, name, wrapper)

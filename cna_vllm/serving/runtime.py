@@ -15,9 +15,14 @@ from cna_vllm.request import FIELD_RECORD, RESOLVED_FIELD, Steering
 from cna_vllm.serving.activation import SteeredActAndMul
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.gated_mlp import GatedMlp, UnsupportedModelError, ablated_output_matches
+from cna_vllm.serving.outputs import hook_outputs, prove_outputs, refuse_unfit
 from cna_vllm.serving.recording import Recorder
 from cna_vllm.serving.state import SteeringState
 from cna_vllm.serving.table import CircuitTable
+from cna_vllm.serving.vector_table import VectorTable
+from cna_vllm.vectors import FORMS, VectorSet
+
+NEURONS = "neurons"
 
 
 class SteeringRuntime:
@@ -37,7 +42,9 @@ class SteeringRuntime:
         device: torch.device,
         max_num_reqs: int,
         max_num_tokens: int,
+        record_stream: bool = False,
     ) -> None:
+        """record_stream: whether the residual stream is known to be found, where it is wanted."""
         shapes = {(mlp.width, mlp.offset, mlp.total_width) for mlp in mlps}
         if len(shapes) > 1:
             raise UnsupportedModelError(
@@ -48,27 +55,46 @@ class SteeringRuntime:
         width, offset, total = shapes.pop() if shapes else (1, 0, 1)
         self.layers = tuple(mlp.layer for mlp in mlps)
         self._total_width = total
+        self._recording = NEURONS
         self._routed_experts = [path for mlp in mlps for path in mlp.routed_experts]
         self.table = CircuitTable(self.layers, offset, width, config.max_circuits, device)
-        self.state = SteeringState(
-            self.table, max_num_reqs, max_num_tokens, config.max_circuits_per_request
-        )
-        self.recorder = (
-            Recorder(self.layers, offset, width, dtype, max_num_reqs, max_num_tokens, device)
-            if config.record
+        self.vectors = (
+            VectorTable(self.layers, hidden_size, config.max_vectors, device)
+            if config.max_vectors
             else None
         )
+        self.state = SteeringState(
+            self.table,
+            max_num_reqs,
+            max_num_tokens,
+            config.max_circuits_per_request,
+            self.vectors,
+            config.max_vectors_per_request if config.max_vectors else 0,
+        )
+        batch = (dtype, max_num_reqs, max_num_tokens, device)
+        self.recorders: dict[str, Recorder] = {}
+        if config.record:
+            self.recorders[NEURONS] = Recorder(self.layers, offset, width, *batch)
+            if self.vectors is not None:
+                for form in FORMS if record_stream else FORMS[:1]:
+                    self.recorders[form] = Recorder(self.layers, 0, hidden_size, *batch)
+        self.recorder = self.recorders.get(NEURONS)
         step = self.state.buffers(self.recorder.row_record if self.recorder else None)
         for mlp in mlps:
             stage = self.recorder.layer_stage(mlp.layer) if self.recorder else None
             hook = SteeredActAndMul(mlp.activation, step, self.table.layer_masks(mlp.layer), stage)
             setattr(mlp.module, mlp.attribute, hook)
         self._prove_hooks(mlps, hidden_size, dtype)
+        if self.vectors is not None:
+            refuse_unfit(mlps)
+            hook_outputs(mlps, step, self.vectors, *map(self.recorders.get, FORMS))
+            prove_outputs(mlps, self.state, self.vectors, dtype)
 
     @property
     def nbytes(self) -> int:
-        """Device memory of the resident table and of the recorder, in bytes."""
-        return self.table.nbytes + (0 if self.recorder is None else self.recorder.nbytes)
+        """Device memory of the resident tables and of the recorders, in bytes."""
+        vectors = 0 if self.vectors is None else self.vectors.nbytes
+        return self.table.nbytes + vectors + self._recorder_bytes()
 
     def load(self, circuit: Circuit, wanted: Collection[str] = ()) -> int:
         """Makes a circuit resident on this rank and returns its row; see ``CircuitTable.load``."""
@@ -78,6 +104,21 @@ class SteeringRuntime:
                 f"the served model {self._total_width}"
             )
         return self.table.load(circuit, wanted)
+
+    def load_vectors(self, vectors: VectorSet, wanted: Collection[str] = ()) -> int:
+        """Makes a set of vectors resident on this rank and returns its row."""
+        if self.vectors is None:
+            raise CnaConfigError("this engine adds no vectors; start it with cna.max_vectors")
+        if self.layers and vectors.hidden_size != self.vectors.hidden_size:
+            raise CnaConfigError(
+                f"vectors of {vectors.model} have hidden_size {vectors.hidden_size}, the served "
+                f"model {self.vectors.hidden_size}"
+            )
+        return self.vectors.load(vectors, wanted)
+
+    def resident(self) -> list[str]:
+        """Digests of all circuits and vectors that have a row."""
+        return [*self.table.resident(), *(self.vectors.resident() if self.vectors else ())]
 
     def unload(self, digest: str) -> bool:
         """Retires a circuit; running requests finish on it."""
@@ -92,8 +133,9 @@ class SteeringRuntime:
         self.state.add(
             req_id, None if resolved is None else Steering.from_field(resolved), prompt_len
         )
-        if self.recorder is not None:
-            self.recorder.add(req_id, extra_args.get(FIELD_RECORD), prompt_len)
+        if self.recorders:
+            active = self.recorders[self._recording]
+            active.add(req_id, extra_args.get(FIELD_RECORD), prompt_len)
 
     def suspend_request(self, req_id: str) -> None:
         """A request is preempted and will run again under the same id without being re-added."""
@@ -102,8 +144,8 @@ class SteeringRuntime:
     def remove_request(self, req_id: str) -> None:
         """A request is finished, aborted, or preempted and to be re-added."""
         self.state.remove(req_id)
-        if self.recorder is not None:
-            self.recorder.remove(req_id)
+        for recorder in self.recorders.values():
+            recorder.remove(req_id)
 
     def prepare_step(
         self,
@@ -113,8 +155,25 @@ class SteeringRuntime:
     ) -> None:
         """Fills the step buffers; call after the batch is final and before the forward pass."""
         self.state.fill(req_ids, num_scheduled_tokens, num_computed_tokens)
-        if self.recorder is not None:
-            self.recorder.fill(req_ids, num_scheduled_tokens, num_computed_tokens)
+        for recorder in self.recorders.values():
+            recorder.fill(req_ids, num_scheduled_tokens, num_computed_tokens)
+
+    def start_recording(self, what: str = NEURONS, **plan: Any) -> None:
+        """``Recorder.start(**plan)`` of the neurons, of MLP outputs (``mlp``) or of the stream
+        (``residual``). Raises RuntimeError when the engine does not record that."""
+        if what not in self.recorders:
+            raise RuntimeError(
+                f"this engine does not record {what}; start it with cna.record = true, and for "
+                "vectors with cna.max_vectors; the stream of some architectures is not known"
+            )
+        self._recording = what
+        self.recorders[what].start(**plan)
+
+    def take_recording(self) -> dict[str, Any]:
+        """``Recorder.take`` of what was started. Raises RuntimeError without cna.record."""
+        if not self.recorders:
+            raise RuntimeError("this engine does not record; start it with cna.record = true")
+        return self.recorders[self._recording].take()
 
     def status(self) -> dict[str, Any]:
         """What is hooked and resident, and how many token rows were steered, by digest.
@@ -128,9 +187,10 @@ class SteeringRuntime:
             "layers": list(self.layers),
             "routed_experts": list(self._routed_experts),
             "circuits": list(self.table.loaded()),
+            "vectors": [] if self.vectors is None else list(self.vectors.loaded()),
             "steered_tokens": self.state.steered_tokens(),
             "table_bytes": self.table.nbytes,
-            "recorder_bytes": 0 if self.recorder is None else self.recorder.nbytes,
+            "recorder_bytes": self._recorder_bytes(),
             "addresses": [
                 t.data_ptr()
                 for t in (
@@ -138,9 +198,19 @@ class SteeringRuntime:
                     self.state.arm_circuits,
                     self.state.arm_multipliers,
                     *(self.table.layer_masks(layer) for layer in self.layers),
+                    *self._vector_operands(),
                 )
             ],
         }
+
+    def _recorder_bytes(self) -> int:
+        return sum(recorder.nbytes for recorder in self.recorders.values())
+
+    def _vector_operands(self) -> list[torch.Tensor]:
+        if self.vectors is None:
+            return []
+        layers = [self.vectors.layer_vectors(layer) for layer in self.layers]
+        return [self.state.arm_vectors, self.state.arm_coefficients, *layers]
 
     def _prove_hooks(self, mlps: Sequence[GatedMlp], hidden_size: int, dtype: torch.dtype) -> None:
         """Ablates every channel of a probe row in every layer, through the model's own code."""

@@ -56,9 +56,9 @@ def gated_mlps(model: nn.Module, served: ServedModel) -> list[GatedMlp]:
         name = type(module).__name__
         return activation(module) is None and ("AndMul" in name or "FatRelu" in name)
 
-    def down_projection(module: nn.Module) -> nn.Module | None:
-        linear: Any = module.base_layer if isinstance(module, BaseLayerWithLoRA) else module
-        return linear if isinstance(linear, RowParallelLinear) else None
+    def without_adapter(module: nn.Module) -> nn.Module:
+        layer: Any = module
+        return layer.base_layer if isinstance(module, BaseLayerWithLoRA) else module
 
     text_model: nn.Module = model
     if hasattr(model, "get_language_model"):
@@ -85,7 +85,8 @@ def gated_mlps(model: nn.Module, served: ServedModel) -> list[GatedMlp]:
         LayerVocabulary(
             activation=activation,
             unknown_activation=unknown_activation,
-            down_projection=down_projection,
+            down_projection=lambda module: isinstance(module, RowParallelLinear),
+            without_adapter=without_adapter,
             routed_experts=lambda module: isinstance(module, MoERunnerInterface),
         ),
     )

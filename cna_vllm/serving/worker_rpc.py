@@ -8,9 +8,9 @@ from typing import Any
 
 from cna_vllm.circuit import Circuit, CircuitError
 from cna_vllm.serving.config import CnaConfigError
-from cna_vllm.serving.recording import Recorder
 from cna_vllm.serving.runtime import SteeringRuntime
 from cna_vllm.serving.table import CircuitTableError
+from cna_vllm.vectors import VectorError, VectorSet
 
 
 def _runtime(worker: Any) -> SteeringRuntime:
@@ -26,17 +26,35 @@ def cna_load(worker: Any, circuit: Mapping[str, Any], wanted: Sequence[str] = ()
     Returns all digests that are resident then, and why the circuit was refused, if it was: an
     exception here would be the engine's, not the caller's.
     """
+    runtime = _runtime(worker)
     refused = None
     try:
-        _runtime(worker).load(Circuit.from_dict(dict(circuit)), wanted)
+        runtime.load(Circuit.from_dict(dict(circuit)), wanted)
     except (CircuitError, CircuitTableError, CnaConfigError) as error:
         refused = str(error)
-    return {"resident": list(_runtime(worker).table.resident()), "refused": refused}
+    return {"resident": runtime.resident(), "refused": refused}
+
+
+def cna_load_vectors(worker: Any, vectors: bytes, wanted: Sequence[str] = ()) -> dict[str, Any]:
+    """``cna_load`` of a set of vectors, given as its file's content."""
+    runtime = _runtime(worker)
+    refused = None
+    try:
+        runtime.load_vectors(VectorSet.from_bytes(bytes(vectors)), wanted)
+    except (VectorError, CircuitTableError, CnaConfigError) as error:
+        refused = str(error)
+    return {"resident": runtime.resident(), "refused": refused}
 
 
 def cna_unload(worker: Any, digest: str) -> bool:
     """Retires a circuit; False when it was not loaded."""
     return _runtime(worker).unload(digest)
+
+
+def cna_unload_vectors(worker: Any, digest: str) -> bool:
+    """Retires a set of vectors; False when it was not loaded."""
+    table = _runtime(worker).vectors
+    return table is not None and table.unload(digest)
 
 
 def cna_status(worker: Any) -> dict[str, Any]:
@@ -47,25 +65,20 @@ def cna_status(worker: Any) -> dict[str, Any]:
 
 
 def cna_start_recording(worker: Any, plan: Mapping[str, Any]) -> None:
-    """``Recorder.start(**plan)``. Raises RuntimeError when the engine does not record."""
-    _recorder(worker).start(**plan)
+    """See ``SteeringRuntime.start_recording``."""
+    _runtime(worker).start_recording(**plan)
 
 
 def cna_take_recording(worker: Any) -> dict[str, Any]:
-    """See ``Recorder.take``. Raises RuntimeError when the engine does not record."""
-    return _recorder(worker).take()
-
-
-def _recorder(worker: Any) -> Recorder:
-    recorder = _runtime(worker).recorder
-    if recorder is None:
-        raise RuntimeError("this engine does not record; start it with cna.record = true")
-    return recorder
+    """See ``SteeringRuntime.take_recording``."""
+    return _runtime(worker).take_recording()
 
 
 RPC_METHODS: dict[str, Callable[..., Any]] = {
     "cna_load": cna_load,
     "cna_unload": cna_unload,
+    "cna_load_vectors": cna_load_vectors,
+    "cna_unload_vectors": cna_unload_vectors,
     "cna_status": cna_status,
     "cna_start_recording": cna_start_recording,
     "cna_take_recording": cna_take_recording,

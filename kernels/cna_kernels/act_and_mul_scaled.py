@@ -18,8 +18,8 @@ One program computes BLOCK channels of one row as a tile [BLOCK / 8, 8]:
 
 Rounding is that of eager torch: act, rounded to the dtype (correctly, see
 ``triton_activations``); product in float32, rounded; product with the factor in float32, rounded.
-Contraction into fused multiply-adds is off, so that a
-float32 result does not depend on what a compiler version chooses to fuse.
+Contraction into fused multiply-adds is off, so that a float32 result does not depend on what a
+compiler version chooses to fuse.
 """
 
 from typing import Any, Final

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from cna_vllm.models import default_model_path
 from tests import tiny_models
-from tests.oracles import Arm, Channels, HookedModel, Verdict
+from tests.oracles import Arm, Channels, HookedModel, Vectors, Verdict
 
 MULTIPLIERS = (0.0, 0.5, 2.0, -1.0)
 SCOPES = ("last", "all", "generated")
@@ -23,13 +23,15 @@ PLAIN = Arm()
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, its oracle, two circuits that span all layers, and their files by name."""
+    """A model, its oracle, two circuits that span all layers, and their files by name; vectors by
+    name where a test adds some."""
 
     path: str
     oracle: HookedModel
     circuits: Mapping[str, Channels]
     files: Mapping[str, str]
     engine: Mapping[str, Any]
+    vectors: Mapping[str, Vectors] = field(default_factory=dict)
 
     def config(self, **options: Any) -> dict[str, Any]:
         """Engine arguments with both circuits loaded at start, in float32, eager."""
@@ -45,20 +47,26 @@ class Subject:
         }
 
     def arm(self, *pairs: tuple[str, float], scope: str = "last") -> Arm:
-        return Arm(tuple((self.circuits[name], m) for name, m in pairs), scope)
+        """Of (name, number) pairs: multipliers of circuits, coefficients of vectors."""
+        return Arm(
+            tuple((self.circuits[name], m) for name, m in pairs if name in self.circuits),
+            scope,
+            tuple((self.vectors[name], c) for name, c in pairs if name in self.vectors),
+        )
 
     def fields(self, arm: Arm) -> dict[str, Any]:
         """The request fields that ask for ``arm``."""
-        if not arm.circuits:
-            return {}
-        names = {id(channels): name for name, channels in self.circuits.items()}
-        return {
-            "extra_args": {
-                "cna_circuit": [names[id(channels)] for channels, _ in arm.circuits],
-                "cna_multiplier": [multiplier for _, multiplier in arm.circuits],
-                "cna_scope": arm.scope,
-            }
-        }
+        named = {**self.circuits, **self.vectors}
+        names = {id(content): name for name, content in named.items()}
+        fields: dict[str, Any] = {}
+        for pairs, name_field, number_field in (
+            (arm.circuits, "cna_circuit", "cna_multiplier"),
+            (arm.vectors, "cna_vector", "cna_coefficient"),
+        ):
+            if pairs:
+                fields[name_field] = [names[id(content)] for content, _ in pairs]
+                fields[number_field] = [number for _, number in pairs]
+        return {"extra_args": {**fields, "cna_scope": arm.scope}} if fields else {}
 
     def matrix(self) -> list[Arm]:
         """Plain, every multiplier in every scope, and two circuits at once."""

@@ -28,7 +28,7 @@ def write(target: Path, order: list[int], identity: dict[str, Any] = IDENTITY) -
     with PartialFile(target, identity, len(ROWS)) as partial:
         for position in order:
             partial.append(position, ROWS[position])
-    return partial_path(target).read_bytes()
+        return partial_path(target).read_bytes()
 
 
 @settings(deadline=None)
@@ -109,6 +109,11 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, line: bytes) -> None:
     partial_path(tmp_path / "o").write_bytes(line)
     with pytest.raises(BatchError, match="--restart"):
         PartialFile(tmp_path / "o", IDENTITY, 1)
+
+
+def test_a_run_that_kept_nothing_leaves_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "o", [])
+    assert not list(tmp_path.iterdir())
 
 
 def test_identity_is_compared_as_json_has_it(tmp_path: Path) -> None:

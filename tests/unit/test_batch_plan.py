@@ -32,6 +32,8 @@ def test_arms_are_innermost_and_rows_are_greedy_without_a_seed() -> None:
         "circuit": "f",
         "multiplier": 0.0,
         "scope": "last",
+        "vector": None,
+        "coefficient": None,
     }
     assert [rows[0].to_dict()[k] for k in ("circuit", "multiplier", "scope")] == [None] * 3
 

@@ -56,30 +56,25 @@ class RowParallel(nn.Module):
 
 
 class Adapted(nn.Module):
-    """What LoRA wraps a linear in."""
+    """What LoRA wraps a linear in; like vLLM's, it works only within a batch."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        result: tuple[Tensor, None] = self.base_layer(x)
-        return result
+        raise RuntimeError("no batch has set the adapters of these rows")
 
 
 class RoutedExperts(nn.Module):
     pass
 
 
-def down_projection(module: nn.Module) -> nn.Module | None:
-    linear = module.base_layer if isinstance(module, Adapted) else module
-    return linear if isinstance(linear, RowParallel) else None
-
-
 VOCABULARY = LayerVocabulary(
     activation=lambda module: module.kind if isinstance(module, ActAndMul) else None,
     unknown_activation=lambda module: isinstance(module, OddAndMul),
-    down_projection=down_projection,
+    down_projection=lambda module: isinstance(module, RowParallel),
+    without_adapter=lambda module: module.base_layer if isinstance(module, Adapted) else module,
     routed_experts=lambda module: isinstance(module, RoutedExperts),
 )
 
@@ -158,6 +153,8 @@ def test_found_by_structure_whatever_the_names(names: list[str], kind: str, lora
         width=5,
         offset=10,
         total_width=20,
+        adapted={names[2]: down} if lora else {},
+        decoder=wrapped,
     )
 
 
@@ -287,7 +284,11 @@ OBEDIENT: dict[str, Callable[[], nn.Module]] = {
 def test_a_hook_that_acts(case: str) -> None:
     mlp = OBEDIENT[case]()
     dtype = next(mlp.parameters()).dtype
-    assert ablated_output_matches(hooked(mlp), HIDDEN, dtype)
+    before = dict(mlp.named_children())
+    found = hooked(mlp)
+    assert ablated_output_matches(found, HIDDEN, dtype)
+    after = dict(mlp.named_children())
+    assert [key for key in after if after[key] is not before[key]] == [found.attribute]
 
 
 class Functional(Mlp):

@@ -14,7 +14,7 @@ from typing import Any
 
 from cna_vllm.evaluation.outcomes import Estimate, Outcome
 from cna_vllm.evaluation.result import Result
-from cna_vllm.evaluation.wording import Form
+from cna_vllm.evaluation.wording import Form, tick
 
 MARKERS = ("circle", "square", "triangle", "diamond")
 COLOURS = 6
@@ -89,7 +89,7 @@ class Forest:
             return round(_INSET + (100 - 2 * _INSET) * scale.share(value), 2)
 
         return cls(
-            ticks=tuple(Tick(across(t) or 0.0, form.signed(t), t == 0) for t in scale.ticks),
+            ticks=tuple(Tick(across(t) or 0.0, _signed(t, form), t == 0) for t in scale.ticks),
             rows=tuple(
                 ForestRow(
                     arm,
@@ -223,16 +223,24 @@ def _doses(
     return Doses(
         axis=axis,
         x_ticks=tuple(_apart([Tick(x(dose), f"{dose:g}", False) for dose in across])),
-        y_ticks=tuple(Tick(y(t), form.number(t), t == 0) for t in vertical.ticks),
+        y_ticks=tuple(Tick(y(t), _label(t, form), t == 0) for t in vertical.ticks),
         series=tuple(series),
         control=None if control.value is None else y(control.value),
     )
 
 
+def _label(value: float, form: Form) -> str:
+    return tick(value, percent=form.percent) + ("%" if form.percent else "")
+
+
+def _signed(value: float, form: Form) -> str:
+    return ("+" if value > 0 else "") + tick(value, percent=form.percent)
+
+
 def _apart(ticks: Sequence[Tick]) -> list[Tick]:
     """Without the labels that would overlap those to their left."""
     kept: list[Tick] = []
-    for tick in ticks:
-        if not kept or tick.at - kept[-1].at >= _LABEL_GAP:
-            kept.append(tick)
+    for mark in ticks:
+        if not kept or mark.at - kept[-1].at >= _LABEL_GAP:
+            kept.append(mark)
     return kept

@@ -24,7 +24,7 @@ from cna_vllm.evaluation.metrics.base import Answer, Score
 from cna_vllm.evaluation.outcomes import Difference, Estimate, Flips, Outcome
 from cna_vllm.evaluation.report.charts import Doses, Forest, ForestRow, doses
 from cna_vllm.evaluation.result import MetricInfo, Result
-from cna_vllm.evaluation.wording import NONE, Form, found, methods, p_value
+from cna_vllm.evaluation.wording import NONE, Form, count, found, methods, p_value
 from cna_vllm.files import write_atomic
 from cna_vllm.prompts import Prompt
 
@@ -126,6 +126,7 @@ def render(result: Result, answers: Answers, *, most_prompts: int = MOST_PROMPTS
     )
     environment.filters["minus"] = _minus
     environment.filters["p"] = p_value
+    environment.filters["count"] = count
     script = (_FOLDER / "report.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     binary = [metric for metric in result.metrics if metric.kind == "binary"]

@@ -58,8 +58,8 @@ class ResidentCircuits:
             for digest in digests:
                 if self._resident is not None and digest not in self._resident:
                     raise CircuitTableError(
-                        f"circuit {digest[:12]} was unloaded, and its row was needed, before the "
-                        "request reached the engine; send it again"
+                        f"circuit or vector {digest[:12]} was unloaded, and its row was needed, "
+                        "before the request reached the engine; send it again"
                     )
             self._pending[request_id] = digests
 
@@ -80,8 +80,7 @@ class ResidentCircuits:
 def _digests(request: Any) -> Iterator[str]:
     extra_args = getattr(request.sampling_params, "extra_args", None) or {}
     if (resolved := extra_args.get(RESOLVED_FIELD)) is not None:
-        for digest, _ in Steering.from_field(resolved).pairs:
-            yield digest
+        yield from Steering.from_field(resolved).digests
 
 
 def _circuits_of(core: Any) -> ResidentCircuits:
@@ -108,7 +107,7 @@ def _add_request(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _collective_rpc(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    """Tells workers that make room for a circuit which ones unfinished requests still need."""
+    """Tells workers that make room for a circuit or a vector what unfinished requests need."""
 
     def collective_rpc(
         self: Any,
@@ -117,7 +116,7 @@ def _collective_rpc(original: Callable[..., list[Any]]) -> Callable[..., list[An
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> list[Any]:
-        if method != "cna_load":
+        if method not in ("cna_load", "cna_load_vectors"):
             return original(self, method, timeout, args, kwargs)
         circuits = _circuits_of(self)
         with circuits.lock:

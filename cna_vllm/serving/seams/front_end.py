@@ -14,6 +14,7 @@ from cna_vllm.serving.metrics import admit_counted
 from cna_vllm.serving.registry import CircuitRegistry
 from cna_vllm.serving.seams import api_server
 from cna_vllm.serving.seams.wrapping import wrap
+from cna_vllm.serving.vector_registry import ServedStream, VectorRegistry
 from cna_vllm.serving.vllm_model import refuse_unsupported, served_model
 
 ADMISSION_ATTRIBUTE = "cna_admission"
@@ -37,10 +38,15 @@ def _front_end_init(original: Callable[..., None]) -> Callable[..., None]:
             return
         refuse_unsupported(vllm_config)
         registry = CircuitRegistry.from_config(config, served_model(vllm_config.model_config))
-        self.cna_admission = admission.Admission(config, registry)
+        vectors = None
+        if config.max_vectors:
+            vectors = VectorRegistry.from_config(config, ServedStream.of(vllm_config.model_config))
+        self.cna_admission = admission.Admission(config, registry, vectors)
         # Workers read the same files a little later: they refuse any other content.
         section = dict(vllm_config.additional_config[CONFIG_KEY])
         section["digests"] = {n: registry.circuits()[n].digest for n in config.circuits}
+        if vectors is not None:
+            section["vector_digests"] = {n: v.digest for n, v in vectors.vectors().items()}
         vllm_config.additional_config[CONFIG_KEY] = section
         api_server.install()
 

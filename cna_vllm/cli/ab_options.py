@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of `cna-vllm ab`, and what they and a configuration file ask for together."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cna_vllm.arms import Arm, parse_arm, steering_arm
+from cna_vllm.circuit import show
+from cna_vllm.cli.options import OptionParser, UsageError, load_circuits, positive_int
+from cna_vllm.cli.sampling_options import add_sampling_options, sampling_fields
+from cna_vllm.request import DEFAULT_SCOPE, SCOPES
+
+_DESCRIPTION = """\
+Answer the same prompts in several arms, with the same seeds, score the answers, and compare every
+arm with the control arm. DIR then holds answers.jsonl, ab.json and report.html; after any
+interruption the same command goes on from there.
+
+  cna-vllm ab MODEL --circuit refusal=refusal.json --multiplier 0 1 2 --scope last all \\
+      --prompts harmful.txt:harmful --prompts benign.txt:benign \\
+      --metric refusal --metric false_refusal --metric quality --out DIR
+  cna-vllm ab MODEL --config ab.yaml --out DIR
+  cna-vllm ab --from DIR [--metric length] [--control ARM]"""
+
+
+def parser() -> OptionParser:
+    """None, or an empty list, is what an option has that is not given."""
+    made = OptionParser("ab", _DESCRIPTION, model="MODEL")
+    add = made.add_argument
+    add("--circuit", action="append", default=[], metavar="NAME=C.json", help="may be repeated")
+    add("--vector", action="append", default=[], metavar="NAME=FILE", help="may be repeated")
+    add(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="NAME=CIRCUIT@M[+...][:SCOPE]",
+        help="an arm, or NAME=plain; with a vector the number is its coefficient",
+    )
+    add(
+        "--multiplier",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="M",
+        help="an arm for every circuit at every multiplier and scope; 1 is the plain arm",
+    )
+    add(
+        "--scope",
+        nargs="+",
+        choices=SCOPES,
+        default=[],
+        help=f"of the arms of --multiplier (default: {DEFAULT_SCOPE})",
+    )
+    add(
+        "--prompts",
+        action="append",
+        default=[],
+        metavar="FILE[:TAG]",
+        help="a prompt set; tags benign and harmful have a meaning to the metrics of refusal",
+    )
+    add("--column", help="column of .csv files (default: prompt)")
+    add(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME[:KEY=VALUE,...]",
+        help="refusal, false_refusal, quality, length, perplexity, ...; may be repeated",
+    )
+    add(
+        "--effect",
+        action="append",
+        default=[],
+        type=_effect,
+        metavar="METRIC=X",
+        help="a difference one wants to find: adds the number of prompts that it needs",
+    )
+    add("--control", metavar="ARM", help="what the others are compared with (default: plain)")
+    add("--confidence", type=_share, metavar="C", help="of intervals (default: 0.95)")
+    add("--config", metavar="FILE.yaml", help="all of this in a file; flags replace its keys")
+    add("--out", metavar="DIR", help="working folder; made if it is not there")
+    add("--restart", action="store_true", help="discard what an earlier test left in DIR")
+    add("--raw", action="store_true", help="do not apply the chat template")
+    add("--from", dest="saved", metavar="DIR", help="compare and draw again; needs no engine")
+    add(
+        "--transcripts",
+        type=positive_int,
+        default=300,
+        metavar="N",
+        help="prompts whose answers are in the report (default: 300)",
+    )
+    add_sampling_options(made)
+    made.set_defaults(samples=None)
+    return made
+
+
+def flags(options: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says, under the keys of a configuration file."""
+    from cna_vllm.evaluation.config import PromptFile
+
+    said = {
+        "circuits": _named("--circuit", options.circuit),
+        "vectors": _named("--vector", options.vector),
+        "arms": options.arm,
+        "multipliers": options.multiplier,
+        "scopes": options.scope,
+        "prompts": [PromptFile.parse(text, options.column) for text in options.prompts],
+        "metrics": options.metric,
+        "effects": dict(options.effect),
+        "control": options.control,
+        "confidence": options.confidence,
+        "samples": options.samples,
+        "seed": options.seed,
+        "raw": options.raw or None,
+    }
+    return {key: value for key, value in said.items() if value not in (None, [], {})}
+
+
+def _named(flag: str, arguments: Sequence[str]) -> dict[str, str]:
+    files: dict[str, str] = {}
+    for argument in arguments:
+        name, separator, path = argument.partition("=")
+        if not (name and separator and path):
+            raise UsageError(f"{flag} {show(argument)}: write it as NAME=FILE")
+        if name in files:
+            raise UsageError(f"{flag}: the name {show(name)} is given twice")
+        files[name] = path
+    return files
+
+
+def steering_of(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+    """Our section of the engine's configuration, and each file with its digest by name."""
+    circuits = load_circuits([f"{n}={file}" for n, file in given.get("circuits", {}).items()])
+    vectors = _vectors(given.get("vectors", {}))
+    for name in vectors:
+        if name in circuits:
+            raise UsageError(f"--vector: {show(name)} is also a circuit; rename one of them")
+    section: dict[str, Any] = {}
+    if circuits:
+        section["circuits"] = {name: str(path) for name, (path, _) in circuits.items()}
+    if vectors:
+        section["vectors"] = {name: file for name, (file, _) in vectors.items()}
+        section["max_vectors"] = len(vectors)
+    steering = {name: (str(path), circuit.digest) for name, (path, circuit) in circuits.items()}
+    steering |= vectors
+    return section, {n: {"file": file, "digest": digest} for n, (file, digest) in steering.items()}
+
+
+def _vectors(files: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Absolute path and digest of each set of vectors."""
+    if not files:
+        return {}
+    from cna_vllm.vectors import VectorSet
+
+    return {
+        name: (str(Path(file).resolve()), VectorSet.load(file).digest)
+        for name, file in files.items()
+    }
+
+
+def arms_of(given: Mapping[str, Any]) -> list[Arm]:
+    """Every circuit at every multiplier and scope, then those named; plain first, if not there.
+
+    A multiplier of 1 stands for the plain arm. With a control of another name, plain is an arm
+    only where it is asked for.
+    """
+    circuits, vectors = given.get("circuits", {}), given.get("vectors", {})
+    multipliers, named = given.get("multipliers", []), given.get("arms", [])
+    if multipliers and not circuits:
+        raise UsageError("--multiplier needs a --circuit NAME=C.json")
+    arms = [
+        steering_arm([(name, multiplier)], scope)
+        for name in circuits
+        for scope in dict.fromkeys(given.get("scopes", [DEFAULT_SCOPE]))
+        for multiplier in dict.fromkeys(multipliers)
+        if multiplier != 1
+    ]
+    arms += [parse_arm(text, vectors) for text in named]
+    if not arms:
+        raise UsageError("name arms: --circuit with --multiplier, or --arm NAME=CIRCUIT@M[:SCOPE]")
+    for arm in arms:
+        for kind, pairs, known in (
+            ("circuit", arm.circuits, circuits),
+            ("vector", arm.vectors, vectors),
+        ):
+            for name, _ in pairs:
+                if name not in known:
+                    raise UsageError(
+                        f"--arm {arm.name}: no {kind} is named {show(name)}; add --circuit or "
+                        f"--vector {name}=FILE"
+                    )
+    plain_wanted = given.get("control", "plain") == "plain" or 1 in multipliers
+    if plain_wanted and all(arm.extra_args() for arm in arms):
+        arms.insert(0, Arm("plain"))
+    return arms
+
+
+def sampling_of(options: argparse.Namespace, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the configuration, those of the command line in their place; without the seed."""
+    configured = {
+        name: value
+        for name, value in given.get("sampling", {}).items()
+        if getattr(options, name, None) is None
+    }
+    for name in ("n", "seed"):
+        if name in configured or name in options.sampling:
+            key = "samples" if name == "n" else "seed"
+            raise UsageError(f"sampling: {name!r} is the run's; write {key}: N, or --{key} N")
+    options.sampling = {**configured, **options.sampling}
+    fields = sampling_fields(options)
+    fields.pop("seed", None)
+    return fields
+
+
+def _effect(text: str) -> tuple[str, float]:
+    name, _, value = text.rpartition("=")
+    try:
+        if name:
+            return name, float(value)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not METRIC=X, with a number X")
+
+
+def _share(text: str) -> float:
+    try:
+        if 0 < (value := float(text)) < 1:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The YAML file of an A/B test: the same things that the command's flags say, by name.
+
+    circuits: {refusal: refusal.json}
+    arms: ["off=refusal@0:all", "half=refusal@0.5:all"]
+    prompts: ["harmful.txt:harmful", {file: benign.csv, tag: benign, column: goal}]
+    metrics: [refusal, false_refusal, quality]
+    effects: {refusal: 0.1}
+    sampling: {temperature: 0.7, max_tokens: 128}
+    samples: 2
+    seed: 0
+    control: plain
+
+Files are looked for beside the configuration file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cna_vllm.circuit import is_int, show
+from cna_vllm.evaluation.answers import PromptSet
+from cna_vllm.prompts import PromptError, read_prompts
+from cna_vllm.request import SCOPES
+
+MAX_FILE_BYTES = 2**20
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used: `FILE: KEY: reason`, one line."""
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """Where a prompt set comes from; `name` defaults to the tag, then to the file's own name."""
+
+    file: str
+    tag: str | None = None
+    name: str | None = None
+    column: str | None = None
+
+    @classmethod
+    def parse(cls, text: str, column: str | None = None) -> PromptFile:
+        """Reads `FILE[:TAG]`; a colon in the name of a file that is there is part of the name."""
+        file, separator, tag = text.rpartition(":")
+        if not (separator and file and tag) or Path(text).exists():
+            file, tag = text, ""
+        return cls(file, tag or None, None, column if file.lower().endswith(".csv") else None)
+
+    def read(self) -> PromptSet:
+        """Raises PromptError as `read_prompts` does."""
+        name = self.name or self.tag or Path(self.file).stem
+        return PromptSet(
+            name, read_prompts(self.file, column=self.column), self.tag, os.fspath(self.file)
+        )
+
+
+def read_sets(files: list[PromptFile]) -> list[PromptSet]:
+    """Raises PromptError where a file cannot be read, or two sets have one name."""
+    sets = [file.read() for file in files]
+    names = [one.name for one in sets]
+    for one in sets:
+        if names.count(one.name) > 1:
+            raise PromptError(f"{one.source}: another set is called {one.name!r}, too; tag them")
+    return sets
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Values by key, those of `_KEYS`, of what the file says.
+
+    Raises:
+        ConfigError: it cannot be read, a key is unknown, or a value is of another type.
+    """
+    import yaml
+
+    try:
+        raw = Path(path).read_bytes()
+        if len(raw) > MAX_FILE_BYTES:
+            raise ConfigError(f"{path}: is larger than {MAX_FILE_BYTES} bytes")
+        whole = yaml.safe_load(raw)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(whole, Mapping):
+        raise ConfigError(f"{path}: must hold keys and values, like arms: [...]")
+    found: dict[str, Any] = {}
+    for key, value in whole.items():
+        if key not in _KEYS:
+            raise ConfigError(f"{path}: unknown key {show(key)}; known are {', '.join(_KEYS)}")
+        try:
+            found[key] = _KEYS[key](value)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {key}: {error}") from error
+    return _beside(found, Path(path).absolute().parent)
+
+
+def _beside(found: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """With the names of files made absolute."""
+    for key in ("circuits", "vectors"):
+        if key in found:
+            found[key] = {name: str(folder / file) for name, file in found[key].items()}
+    if "prompts" in found:
+        entries = [
+            entry if isinstance(entry, PromptFile) else PromptFile.parse(str(folder / entry))
+            for entry in found["prompts"]
+        ]
+        found["prompts"] = [replace(entry, file=str(folder / entry.file)) for entry in entries]
+    return found
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"must be a text, not {show(value)}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"must be a finite number, not {show(value)}")
+    return float(value)
+
+
+def _whole(least: int) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if not is_int(value) or value < least:
+            raise ConfigError(f"must be a whole number of at least {least}, not {show(value)}")
+        return int(value)
+
+    return check
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"must be true or false, not {show(value)}")
+    return value
+
+
+def _scope(value: Any) -> str:
+    if value not in SCOPES:
+        raise ConfigError(f"must be one of {', '.join(SCOPES)}, not {show(value)}")
+    return str(value)
+
+
+def _list(item: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
+    def check(value: Any) -> list[Any]:
+        if not isinstance(value, list) or not value:
+            raise ConfigError(f"must be a list with something in it, not {show(value)}")
+        return [_at(i, item, one) for i, one in enumerate(value)]
+
+    return check
+
+
+def _mapping(item: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
+    def check(value: Any) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"must hold names and values, not {show(value)}")
+        return {_text(name): _at(name, item, one) for name, one in value.items()}
+
+    return check
+
+
+def _at(place: Any, item: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return item(value)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
+
+
+def _prompts(value: Any) -> str | PromptFile:
+    if isinstance(value, str) and value:
+        return value
+    fields = _mapping(_text)(value)
+    for key in fields:
+        if key not in PromptFile.__dataclass_fields__:
+            raise ConfigError(
+                f"unknown key {show(key)}; known are {', '.join(PromptFile.__dataclass_fields__)}"
+            )
+    if "file" not in fields:
+        raise ConfigError("'file' is missing")
+    return PromptFile(**fields)
+
+
+def _confidence(value: Any) -> float:
+    number = _number(value)
+    if not 0 < number < 1:
+        raise ConfigError(f"must lie between 0 and 1, not {show(value)}")
+    return number
+
+
+_KEYS: dict[str, Callable[[Any], Any]] = {
+    "circuits": _mapping(_text),
+    "vectors": _mapping(_text),
+    "arms": _list(_text),
+    "multipliers": _list(_number),
+    "scopes": _list(_scope),
+    "prompts": _list(_prompts),
+    "metrics": _list(_text),
+    "effects": _mapping(_number),
+    "control": _text,
+    "confidence": _confidence,
+    "sampling": _mapping(lambda value: value),
+    "samples": _whole(1),
+    "seed": _whole(0),
+    "raw": _flag,
+}

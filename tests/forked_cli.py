@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `cna-vllm`, run again and again and killed, in forks of a process that has an engine.
+
+Each life is a whole run of the command. What is done once, before the fork, is what would take
+most of a short run's time: the imports and, unless a life shall start its own, the engine's start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_lives(jobs: Sequence[Mapping[str, Any]], timeout: int = 900) -> list[list[dict[str, Any]]]:
+    """Runs each job to its end; returns its lives: exit status (minus a signal) and stderr.
+
+    A job has `argv`, and optionally `kills`, each ending one life, after which the next one goes
+    on: {"signal": 9, "rows": n} once n more rows are in the partial file of `output`, or
+    {"signal": 9, "seconds": s} so long after the start of a life with an engine of its own. All
+    others have the first job's engine, whose only life is not a fork.
+    """
+    from tests.engine_job import own_core
+
+    with tempfile.TemporaryDirectory() as folder:
+        job, result = Path(folder) / "job.json", Path(folder) / "result.json"
+        job.write_text(json.dumps([dict(j) for j in jobs]))
+        done = subprocess.run(
+            [sys.executable, __file__, str(job), str(result)],
+            env={
+                **os.environ,
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                "VLLM_LOGGING_LEVEL": "ERROR",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                "VLLM_USE_V2_MODEL_RUNNER": "0",
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+                "HF_HUB_OFFLINE": "1",
+                **own_core(),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-5000:]
+        return json.loads(result.read_text())
+
+
+def _lives(job: Mapping[str, Any], engine: Any) -> list[dict[str, Any]]:
+    lives = [_life(job, engine, kill) for kill in job.get("kills", [])]
+    return [*lives, _life(job, engine, None)]
+
+
+def _life(job: Mapping[str, Any], engine: Any, kill: Mapping[str, Any] | None) -> dict[str, Any]:
+    from cna_vllm.cli import engine_args
+
+    with tempfile.TemporaryFile() as stderr:
+        child = os.fork()
+        if child == 0:
+            os.dup2(stderr.fileno(), 2)
+            if "seconds" not in (kill or {}):
+                engine_args.launch = lambda args: engine
+            _command(job["argv"])
+        if kill is not None:
+            _wait_for(kill, Path(str(job["output"]) + ".partial"), child)
+            os.kill(child, kill["signal"])
+        _, status = os.waitpid(child, 0)
+        stderr.seek(0)
+        return {
+            "status": os.waitstatus_to_exitcode(status),
+            "stderr": stderr.read().decode("utf-8", "replace"),
+        }
+
+
+def _first_life(job: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Runs a job in this process; returns its engine, and how it ended."""
+    from cna_vllm.cli import engine_args, main
+
+    launch, started = engine_args.launch, []
+
+    def keep(args: Any) -> Any:
+        started.append(launch(args))
+        return started[0]
+
+    with tempfile.TemporaryFile("w+") as stderr, contextlib.redirect_stderr(stderr):
+        engine_args.launch = keep
+        status = main(list(job["argv"]))
+        engine_args.launch = launch
+        stderr.seek(0)
+        return started[0], {"status": status, "stderr": stderr.read()}
+
+
+def _command(argv: Sequence[str]) -> None:
+    from cna_vllm.cli import main
+
+    status = 70
+    try:
+        status = main(list(argv))
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _wait_for(kill: Mapping[str, Any], partial: Path, child: int) -> None:
+    if "seconds" in kill:
+        time.sleep(kill["seconds"])
+        return
+    wanted = _lines(partial) + kill["rows"]
+    # A child that ended by itself stays a zombie until it is waited for: it can be looked at.
+    while _lines(partial) < wanted and os.waitid(os.P_PID, child, _LOOK) is None:
+        time.sleep(0.0005)
+
+
+_LOOK = os.WEXITED | os.WNOHANG | os.WNOWAIT
+
+
+def _lines(path: Path) -> int:
+    """Rows and the header: a header that is not yet there counts, since the next life writes it."""
+    try:
+        return max(path.read_bytes().count(b"\n"), 1)
+    except FileNotFoundError:
+        return 1
+
+
+def random_kills(count: int, most_rows: int, seed: int) -> list[dict[str, Any]]:
+    """Kills after 1 to `most_rows` rows, and a tenth of them at any moment of an engine's start."""
+    rng = random.Random(seed)
+    return [
+        {"signal": signal.SIGKILL, "seconds": rng.uniform(0.0, 2.0)}
+        if i % 10 == 4
+        else {"signal": signal.SIGKILL, "rows": rng.randint(1, most_rows)}
+        for i in range(count)
+    ]
+
+
+def _main(job_path: str, result_path: str) -> None:
+    first, *others = json.loads(Path(job_path).read_text())
+    engine, life = _first_life(first)
+    gc.collect()
+    gc.freeze()  # or every life would collect all that was imported
+    lives = [[life], *(_lives(job, engine) for job in others)]
+    Path(result_path).write_text(json.dumps(lives))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run-time control: seen by all API servers, and closed to everyone else."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from tests.integration.serving.deployment import Deployment, load, unload
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+
+def test_control_is_seen_by_all_servers(deployed: Deployment) -> None:
+    """Two API servers share a port; a new connection may reach either."""
+    deployed.write_circuit("c.json", 3)
+    with deployed.server.http() as http:
+        assert load(http, "third", "c.json").status_code == 200
+        adapter = {"adapter_name": "third-off", "circuit": "third", "multiplier": 0}
+        assert http.post("/v1/load_cna_adapter", json=adapter).status_code == 200
+    body = {"model": "third-off", "prompt": "Hello", "max_tokens": 2}
+    for _ in range(12):
+        with deployed.server.http() as http:
+            models = {card["id"] for card in http.get("/v1/models").json()["data"]}
+            assert {"third-off", "one-off", "smollm2"} <= models
+            found = http.get("/v1/cna_circuits/third").json()
+            assert found["neurons"] == 30 * 80 and not found["pinned"]
+            assert http.post("/v1/completions", json=body).status_code == 200
+    with deployed.server.http() as http:
+        for kind, name in (("adapter", "third-off"), ("circuit", "third")):
+            assert unload(http, kind, name).status_code == 200
+            assert unload(http, kind, name).status_code == 404
+    for _ in range(12):
+        with deployed.server.http() as http:
+            assert http.post("/v1/completions", json=body).status_code == 404
+
+
+def test_isolation(deployed: Deployment) -> None:
+    """No route without the key; no name that is taken; no path out, and none in a message."""
+    routes = [
+        ("GET", "/v1/cna_circuits"),
+        ("GET", "/v1/cna_circuits/one"),
+        ("GET", "/v1/cna_adapters"),
+        *(
+            ("POST", f"/v1/{do}_cna_{what}")
+            for do in ("load", "unload")
+            for what in ("circuit", "adapter")
+        ),
+    ]
+    for method, route in routes:
+        for headers in ({}, {"Authorization": "Bearer wrong"}):
+            reply = httpx.request(method, deployed.server.url + route, headers=headers, json={})
+            assert reply.status_code == 401, route
+    deployed.write_circuit("good.json", 4)
+    outside = deployed.folder / "outside.json"
+    outside.write_text((deployed.folder / "circuits" / "good.json").read_text())
+    link = deployed.folder / "circuits" / "link.json"
+    link.symlink_to(outside)
+    with deployed.server.http() as http:
+        for name in ("smollm2", "one", "one-off"):
+            assert load(http, name, "good.json", load_inplace=True).status_code == 400, name
+        for path in ("../outside.json", str(outside), "link.json", "nope.json", "./good.json", "."):
+            reply = load(http, "new", path)
+            assert reply.status_code == 400, path
+            assert reply.json()["error"]["param"] == "circuit_path"
+            assert str(deployed.folder) not in reply.text
+        listed = http.get("/v1/cna_circuits").text + http.get("/v1/models").text
+        assert str(deployed.folder) not in listed
+        assert set(deployed.subject.files) == {
+            c["id"] for c in http.get("/v1/cna_circuits").json()["data"]
+        }
