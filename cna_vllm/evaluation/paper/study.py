@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 from cna_vllm.arms import Arm
 from cna_vllm.circuit import Circuit
 from cna_vllm.evaluation.ab import load_metrics, run_ab
-from cna_vllm.evaluation.answers import PromptSet
+from cna_vllm.evaluation.answers import PromptSet, collect, read_rows
+from cna_vllm.evaluation.folder import ANSWERS, REPORT
 from cna_vllm.evaluation.outcomes import Analysis
 from cna_vllm.evaluation.paper.rows import Row
 from cna_vllm.evaluation.paper.settings import EvalError, Settings
+from cna_vllm.evaluation.report import write_report
 from cna_vllm.evaluation.result import Result
 from cna_vllm.files import write_atomic
 from cna_vllm.prompts import Prompt
@@ -133,7 +135,8 @@ class Study:
         prompts: Mapping[str, Sequence[Prompt]],
         metrics: Sequence[str],
     ) -> Figures:
-        """An A/B test of the arms in the folder `part`; prompt sets are named by their tag."""
+        """An A/B test of the arms in the folder `part`, with its report; prompt sets are named by
+        their tag."""
         sets = [PromptSet(tag, found, tag) for tag, found in prompts.items()]
         result = run_ab(
             self.llm,
@@ -146,6 +149,11 @@ class Study:
             analysis=Analysis(seed=self.settings.seed),
             steering=self._steering(),
         )
+        test = result.test
+        found = collect(
+            read_rows(self.folder / part / ANSWERS), test.arm_names, test.prompt_sets, test.samples
+        )
+        write_report(result, found, self.folder / part / REPORT)
         return Figures(part, result)
 
     def _steering(self) -> dict[str, dict[str, Any]]:
