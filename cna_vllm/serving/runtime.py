@@ -119,6 +119,7 @@ class SteeringRuntime:
     def status(self) -> dict[str, Any]:
         """What is hooked and resident, and how many token rows were steered, by digest.
 
+        circuits: what requests may use; resident: and what was unloaded, but not yet overwritten.
         kernel: which implementation the layers call; see ``cna_kernels.backend``.
         routed_experts: what the model has and no circuit reaches, by path.
         """
@@ -128,6 +129,7 @@ class SteeringRuntime:
             "layers": list(self.layers),
             "routed_experts": list(self._routed_experts),
             "circuits": list(self.table.loaded()),
+            "resident": list(self.table.resident()),
             "steered_tokens": self.state.steered_tokens(),
             "table_bytes": self.table.nbytes,
             "recorder_bytes": 0 if self.recorder is None else self.recorder.nbytes,
