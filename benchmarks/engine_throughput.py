@@ -126,11 +126,13 @@ class Worker:
         return line.strip()
 
 
-def random_circuit(model: str, fraction: float) -> Circuit:
+def random_circuit(model: str, fraction: float, seed: int = 0) -> Circuit:
     """A circuit of ``fraction`` of all neurons, spread over all layers."""
     dimensions = model_dimensions(model)
     layers, width = dimensions["num_layers"], dimensions["intermediate_size"]
-    chosen = random.Random(0).sample(range(layers * width), max(1, int(fraction * layers * width)))
+    chosen = random.Random(seed).sample(
+        range(layers * width), max(1, int(fraction * layers * width))
+    )
     return Circuit(neurons=tuple(Neuron(i // width, i % width, 1.0) for i in chosen), **dimensions)
 
 

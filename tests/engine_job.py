@@ -82,7 +82,7 @@ def own_core() -> dict[str, str]:
     }
 
 
-def _stand_in_driver() -> None:
+def stand_in_driver() -> None:
     """Triton has no CPU driver; vLLM only wants to see one that is active."""
     from types import SimpleNamespace
 
@@ -311,7 +311,7 @@ class _Steps:
 
 def _main(job_path: str, result_path: str) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        _stand_in_driver()
+        stand_in_driver()
     job = json.loads(Path(job_path).read_text())
     exec(job["setup"], {"__name__": "setup"})
     steps = _Steps(job["engine"])

@@ -14,6 +14,7 @@ from cna_vllm.circuit_file import read_json
 from cna_vllm.cli.options import OptionParser, UsageError, load_circuits, positive_int
 from cna_vllm.models import resolve_model
 from cna_vllm.serving.adapter import Adapter
+from cna_vllm.serving.store import RegistryStore
 
 ADAPTERS_FILE = "adapters.json"
 _MAX_ADAPTERS_BYTES = 2**24
@@ -26,6 +27,8 @@ def run(argv: list[str]) -> int:
     given = dict(args.additional_config or {})
     given["cna"] = {**given.get("cna", {}), **section}
     args.additional_config = given
+    if (registry_dir := section.get("registry_dir")) is not None:
+        RegistryStore(registry_dir).claim()
     os.environ["VLLM_PLUGINS"] = plugins_with_ours(os.environ.get("VLLM_PLUGINS"))
 
     from vllm.entrypoints.cli.serve import ServeSubcommand

@@ -178,6 +178,7 @@ class SteeringRuntime:
     def status(self) -> dict[str, Any]:
         """What is hooked and resident, and how many token rows were steered, by digest.
 
+        circuits: what requests may use; resident: and what was unloaded, but not yet overwritten.
         kernel: which implementation the layers call; see ``cna_kernels.backend``.
         routed_experts: what the model has and no circuit reaches, by path.
         """
@@ -188,6 +189,7 @@ class SteeringRuntime:
             "routed_experts": list(self._routed_experts),
             "circuits": list(self.table.loaded()),
             "vectors": [] if self.vectors is None else list(self.vectors.loaded()),
+            "resident": self.resident(),
             "steered_tokens": self.state.steered_tokens(),
             "table_bytes": self.table.nbytes,
             "recorder_bytes": self._recorder_bytes(),

@@ -54,6 +54,23 @@ class RegistryStore:
         except OSError as error:
             raise StoreError(f"registry directory {directory}: {error.strerror}") from error
 
+    def claim(self) -> int:
+        """Makes this process, and those it starts, the only server of the directory until all of
+        them have ended; returns the descriptor that says so, to be kept open.
+
+        Other servers' workers would not hold what is loaded here. Raises StoreError if one runs.
+        """
+        descriptor = os.open(self._directory / "server", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise StoreError(
+                f"registry directory {self._directory}: another server uses it; give each server "
+                "one of its own"
+            ) from None
+        return descriptor
+
     def stamp(self) -> tuple[int, ...]:
         """Changes with every write; one ``stat``."""
         try:

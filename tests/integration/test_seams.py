@@ -65,6 +65,10 @@ def test_engine_core_seams() -> None:
     """A request is preprocessed, added; an error in the first is that request's alone."""
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
+    assert parameters(EngineCore._initialize_kv_caches) == ["self", "vllm_config"]
+    built = inspect.getsource(EngineCore.__init__)
+    order = ("load_general_plugins()", "self.model_executor = ", "self._initialize_kv_caches(")
+    assert sorted(order, key=built.index) == list(order)
     assert parameters(EngineCore.preprocess_add_request) == ["self", "request"]
     assert parameters(EngineCore.add_request)[:2] == ["self", "request"]
     assert parameters(EngineCore.collective_rpc) == ["self", "method", "timeout", "args", "kwargs"]

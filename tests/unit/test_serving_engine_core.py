@@ -30,14 +30,22 @@ PLAIN = [
 ]
 
 
-def test_before_the_first_load_everything_is_there() -> None:
+def holding(*digests: str) -> ResidentCircuits:
     circuits = ResidentCircuits()
+    circuits.update([{"resident": digests}])
+    return circuits
+
+
+def test_nothing_is_there_until_the_workers_say_so() -> None:
+    with pytest.raises(CircuitTableError, match="is not resident"):
+        ResidentCircuits().hold("r", (A,))
+    circuits = holding(A, B)
     circuits.hold("r", (A, B))
     assert circuits.wanted(PLAIN) == [A, B]
 
 
 def test_a_request_is_wanted_from_its_arrival_on() -> None:
-    circuits = ResidentCircuits()
+    circuits = holding(A)
     circuits.hold("on its way", (A,))
     assert circuits.wanted([request(B, C)]) == [A, B, C]
     circuits.release("on its way")
@@ -50,7 +58,7 @@ def test_a_request_whose_circuit_was_evicted_is_refused_alone() -> None:
     circuits = ResidentCircuits()
     circuits.update([{"resident": [A, B]}, {"resident": [A, B, C]}])
     circuits.hold("good", (A, B))
-    with pytest.raises(CircuitTableError, match=f"{C[:12]} was unloaded.*send it again"):
+    with pytest.raises(CircuitTableError, match=f"{C[:12]} is not resident.*send it again"):
         circuits.hold("late", (A, C))  # one rank of two no longer has it
     assert circuits.wanted([]) == [A, B], "the refused request holds nothing"
     circuits.update([{"resident": [C]}])
@@ -66,6 +74,10 @@ class Core:
         self.scheduler = SimpleNamespace(requests={r.request_id: r for r in running})
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.resident = [A, B]
+        self.model_executor = self  # vLLM's core has one, whose workers it asks
+
+    def _initialize_kv_caches(self, vllm_config: Any) -> str:
+        return "blocks"
 
     def preprocess_add_request(self, request: Any) -> Any:
         return request
@@ -83,11 +95,22 @@ class Core:
 @pytest.fixture
 def core() -> Core:
     class Wrapped(Core):
+        _initialize_kv_caches = engine_core._initialize_kv_caches(Core._initialize_kv_caches)
         preprocess_add_request = engine_core._preprocess_add_request(Core.preprocess_add_request)
         add_request = engine_core._add_request(Core.add_request)
         collective_rpc = engine_core._collective_rpc(Core.collective_rpc)
 
-    return Wrapped(request(A, request_id="running"))
+    built = Wrapped(request(A, request_id="running"))
+    config = SimpleNamespace(additional_config={"cna": {}})
+    assert built._initialize_kv_caches(config) == "blocks"
+    assert built.calls == [("cna_status", {})]
+    return built
+
+
+def test_a_core_that_does_not_steer_asks_its_workers_nothing() -> None:
+    core = Core()
+    start = engine_core._initialize_kv_caches(Core._initialize_kv_caches)
+    assert start(core, SimpleNamespace(additional_config={})) == "blocks" and not core.calls
 
 
 def test_workers_are_told_what_they_must_keep(core: Core) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -57,6 +58,39 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     save(store, {"a": circuit(1)})
     names = sorted(p.name for p in tmp_path.rglob("*"))
     assert names == sorted(["circuits", "registry.json", f"{circuit(1).digest}.json"])
+
+
+def test_one_server_at_a_time_until_all_its_processes_have_ended(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time\n"
+        "from cna_vllm.serving.store import RegistryStore\n"
+        "RegistryStore(sys.argv[1]).claim()\n"
+        "child = os.fork()\n"  # as an engine's process is: it may outlive its server
+        "if child:\n"
+        "    print(child, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        child = int(server.stdout.readline())
+        try:
+            with pytest.raises(StoreError, match="another server uses it"):
+                RegistryStore(tmp_path).claim()
+            server.kill()
+            server.wait()
+            with pytest.raises(StoreError, match="another server uses it"):
+                RegistryStore(tmp_path).claim()
+        finally:
+            server.kill()
+            os.kill(child, signal.SIGKILL)
+    for _ in range(1000):
+        try:
+            os.close(RegistryStore(tmp_path).claim())
+            return
+        except StoreError:
+            time.sleep(0.01)
+    raise AssertionError("the claim outlived its processes")
 
 
 @pytest.mark.parametrize(

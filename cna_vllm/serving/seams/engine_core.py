@@ -9,6 +9,7 @@ from typing import Any
 
 from cna_vllm.request import RESOLVED_FIELD, Steering
 from cna_vllm.serving.cache_keys import steering_block_key
+from cna_vllm.serving.config import CnaConfig
 from cna_vllm.serving.seams.wrapping import wrap
 from cna_vllm.serving.table import CircuitTableError
 
@@ -19,6 +20,7 @@ def install() -> None:
     from vllm.v1.engine.core import EngineCore
 
     wrap(kv_cache_utils, "_gen_prompt_embeds_extra_hash_keys", _block_keys)
+    wrap(EngineCore, "_initialize_kv_caches", _initialize_kv_caches)
     wrap(EngineCore, "preprocess_add_request", _preprocess_add_request)
     wrap(EngineCore, "add_request", _add_request)
     wrap(EngineCore, "collective_rpc", _collective_rpc)
@@ -47,19 +49,18 @@ class ResidentCircuits:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        # None until the first load: nothing was evicted before.
-        self._resident: frozenset[str] | None = None
+        self._resident: frozenset[str] = frozenset()
         self._pending: dict[str, tuple[str, ...]] = {}
 
     def hold(self, request_id: str, digests: tuple[str, ...]) -> None:
         """Keeps circuits for a request until ``release``. Raises CircuitTableError for one that is
-        gone: that fails the request, where a worker could only fail the engine."""
+        not there: that fails the request, where a worker could only fail the engine."""
         with self.lock:
             for digest in digests:
-                if self._resident is not None and digest not in self._resident:
+                if digest not in self._resident:
                     raise CircuitTableError(
-                        f"circuit or vector {digest[:12]} was unloaded, and its row was needed, "
-                        "before the request reached the engine; send it again"
+                        f"circuit or vector {digest[:12]} is not resident: it was unloaded, and its "
+                        "row was needed, before the request reached the engine; send it again"
                     )
             self._pending[request_id] = digests
 
@@ -73,7 +74,7 @@ class ResidentCircuits:
         return sorted(digests.union(*self._pending.values()))
 
     def update(self, reports: Iterable[Mapping[str, Any]]) -> None:
-        """What all workers hold after a load; call under the lock."""
+        """What all workers hold, at the start and after a load; call under the lock."""
         self._resident = frozenset.intersection(*(frozenset(r["resident"]) for r in reports))
 
 
@@ -87,6 +88,20 @@ def _circuits_of(core: Any) -> ResidentCircuits:
     """Made on first use: a core loads plugins, and with them these seams, while it is built."""
     circuits: ResidentCircuits = vars(core).setdefault("cna_circuits", ResidentCircuits())
     return circuits
+
+
+def _initialize_kv_caches(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The last thing a core does while it is built; its workers hold what they start with."""
+
+    def initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
+        result = original(self, vllm_config)
+        if CnaConfig.from_additional_config(vllm_config.additional_config) is not None:
+            circuits = _circuits_of(self)
+            with circuits.lock:
+                circuits.update(self.model_executor.collective_rpc("cna_status"))
+        return result
+
+    return initialize_kv_caches
 
 
 def _preprocess_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
