@@ -59,8 +59,8 @@ class ResidentCircuits:
             for digest in digests:
                 if digest not in self._resident:
                     raise CircuitTableError(
-                        f"circuit or vector {digest[:12]} is not resident: it was unloaded, and its "
-                        "row was needed, before the request reached the engine; send it again"
+                        f"circuit or vector {digest[:12]} is not resident: it was unloaded, and "
+                        "its row was needed, before the request reached the engine; send it again"
                     )
             self._pending[request_id] = digests
 
