@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`cna-vllm ab` end to end on a real engine: one start, several runs of the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from cna_vllm import Circuit
+from tests import tiny_models
+from tests.engine_job import ROOT, V1
+from tests.oracles import Arm, HookedModel, assert_token_exact
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+MODEL_LENGTH = 64
+# The command, again and again, with the engine of its first run.
+COMMANDS = """
+import contextlib, io, json, shutil, sys
+from cna_vllm.cli import engine_args, main
+
+launch, engines, runs = engine_args.launch, [], []
+
+def keep(args):
+    if not engines:
+        engines.append(launch(args))
+    return engines[0]
+
+engine_args.launch = keep
+for argv in json.loads(sys.argv[1]):
+    if "--restart" in argv:
+        out = argv[argv.index("--out") + 1]
+        shutil.copytree(out, out[: -len("out")] + "sampled")
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(argv)
+    runs.append({"status": status, "out": out.getvalue(), "err": err.getvalue()})
+with open(sys.argv[2], "w") as handle:
+    json.dump(runs, handle)
+"""
+CONFIG = """
+circuits: {f: c.json}
+arms: ["off=f@0:all"]
+multipliers: [1, 2]
+scopes: [last, all]
+prompts: ["short.txt:harmful", {file: long.txt, tag: benign}]
+metrics: [perplexity, "perplexity:scale=nll", length, refusal]
+effects: {length: 1}
+sampling: {temperature: 0.8, max_tokens: 6, ignore_eos: true}
+samples: 2
+"""
+
+
+def words(rng: random.Random, count: int) -> str:
+    return " ".join(f"w{rng.randrange(6, tiny_models.VOCABULARY)}" for _ in range(count))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ab")
+    tiny_models.add_tokenizer(tiny_models.llama(folder / "model"))
+    channels = tiny_models.channels(tiny_models.LAYERS, tiny_models.WIDTH, 20, seed=1)
+    (folder / "c.json").write_text(json.dumps(tiny_models.circuit_object(channels)))
+    rng = random.Random(0)
+    (folder / "short.txt").write_text("".join(words(rng, 5 + i) + "\n" for i in range(6)))
+    # The last one leaves no room for the answer and a token after it.
+    (folder / "long.txt").write_text("".join(words(rng, n) + "\n" for n in (40, 55, 58)))
+    (folder / "ab.yaml").write_text(CONFIG)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> list[dict[str, Any]]:
+    """A test; the same again; without an engine; with other settings; discarding what is there.
+
+    The folder of the first is kept as `sampled`, since the last one takes its place.
+    """
+    engine = [str(folder / "model"), "--dtype", "float32", "--max-model-len", str(MODEL_LENGTH)]
+    engine += ["--max-num-seqs", "8", "--kv-cache-memory-bytes", str(2**25)]
+    ab = ["ab", *engine, "--config", str(folder / "ab.yaml"), "--out", str(folder / "out")]
+    greedy = ["--temperature", "0", "--samples", "1", "--metric", "length"]
+    commands = [ab, ab, ["ab", "--from", str(folder / "out")], [*ab, *greedy]]
+    commands += [[*ab, *greedy, "--restart"]]
+    saved = folder / "runs.json"
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, json.dumps(commands), str(saved)],
+        env={
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+            "HF_HUB_OFFLINE": "1",
+            **V1,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    found: list[dict[str, Any]] = json.loads(saved.read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def oracle(folder: Path) -> HookedModel:
+    return HookedModel(folder / "model")
+
+
+def result(folder: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / name / "ab.json").read_text("utf-8"))
+    return found
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    lines = (folder / name / "answers.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def prompt_ids(folder: Path, row: dict[str, Any]) -> list[int]:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    ids: list[int] = tokenizer.encode(f"user {row['prompt']} assistant")
+    return ids
+
+
+def test_a_run_tells_what_it_found(runs: list[dict[str, Any]], folder: Path) -> None:
+    assert runs[0]["status"] == 0, runs[0]["err"]
+    assert "72 answers: 9 prompts, 4 arms, 2 each" in runs[0]["err"]
+    for said in ("length on harmful", "perplexity on benign", "vs plain"):
+        assert said in runs[0]["out"]
+    found = result(folder, "sampled")
+    assert [arm["arm"] for arm in found["test"]["arms"]] == ["plain", "f@2", "f@2:all", "off"]
+    circuit = Circuit.load(folder / "c.json")
+    assert found["test"]["steering"]["f"]["digest"] == circuit.digest
+    # refusal has no score on benign prompts, so it has an outcome on the others only.
+    assert [(o["metric"], o["prompt_set"]) for o in found["outcomes"]] == [
+        *((m, s) for m in ("perplexity", "nll", "length") for s in ("harmful", "benign")),
+        ("refusal", "harmful"),
+    ]
+    assert all(len(o["estimates"]) == 4 and len(o["differences"]) == 3 for o in found["outcomes"])
+
+
+def test_arms_are_paired_by_seed(runs: list[dict[str, Any]], folder: Path) -> None:
+    seeds: dict[tuple[int, int], set[int]] = {}
+    for row in rows(folder, "sampled"):
+        seeds.setdefault((row["index"], row["sample"]), set()).add(row["seed"])
+    assert len(seeds) == 18 and all(len(found) == 1 for found in seeds.values())
+    assert len(set.union(*seeds.values())) == 18
+
+
+def test_perplexity_is_the_unsteered_models(
+    runs: list[dict[str, Any]], folder: Path, oracle: HookedModel
+) -> None:
+    found = result(folder, "sampled")["scores"]
+    unscored = 0
+    for row in rows(folder, "sampled"):
+        prompt, answer = prompt_ids(folder, row), row["token_ids"]
+        place = row["arm"], row["index"], row["sample"]
+        nll, perplexity = (found[m][place[0]][place[1]][place[2]] for m in ("nll", "perplexity"))
+        if len(prompt) + len(answer) == MODEL_LENGTH:
+            assert nll is None and perplexity is None  # no room for the engine's own token
+            unscored += 1
+            continue
+        with torch.inference_mode():
+            logits = oracle.model(torch.tensor([prompt + answer])).logits[0].double()
+        logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        expected = -float(logprobs[range(len(answer)), answer].mean())
+        assert nll == pytest.approx(expected, rel=1e-4)
+        assert perplexity == pytest.approx(math.exp(expected), rel=1e-3)
+    assert unscored == 8
+
+
+def test_run_again_nothing_is_answered_again(runs: list[dict[str, Any]], folder: Path) -> None:
+    assert runs[1]["status"] == 0, runs[1]["err"]
+    assert "72 answers are there" in runs[1]["err"]
+    assert runs[1]["out"] == runs[0]["out"]
+    assert runs[2]["status"] == 0, runs[2]["err"]
+    assert runs[2]["out"] == runs[0]["out"]  # without an engine, from the saved scores
+
+
+def test_another_test_is_not_mixed_in(runs: list[dict[str, Any]]) -> None:
+    assert runs[3]["status"] == 2
+    assert "holds a test with other settings (rows, " in runs[3]["err"]
+    assert "sampling); name another folder, or add --restart" in runs[3]["err"]
+    assert runs[4]["status"] == 0, runs[4]["err"]
+
+
+def test_greedy_answers_are_those_of_their_arms(
+    runs: list[dict[str, Any]], folder: Path, oracle: HookedModel
+) -> None:
+    channels = tiny_models.channels(tiny_models.LAYERS, tiny_models.WIDTH, 20, seed=1)
+    arms = {
+        "plain": Arm(),
+        "f@2": Arm(((channels, 2.0),)),
+        "f@2:all": Arm(((channels, 2.0),), "all"),
+        "off": Arm(((channels, 0.0),), "all"),
+    }
+    answered = rows(folder, "out")
+    assert len(answered) == 36 and all("seed" not in row for row in answered)
+    verdicts = [
+        oracle.check(prompt_ids(folder, row), row["token_ids"], arms[row["arm"]])
+        for row in answered
+    ]
+    assert_token_exact(verdicts, "cna-vllm ab")
+    assert [m["name"] for m in result(folder, "out")["metrics"]] == ["length"]
