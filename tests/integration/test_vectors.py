@@ -231,7 +231,9 @@ def test_two_ranks_with_chunked_prefill(steerable: Subject, files: dict[str, str
     )
     groups = {"positive": tiny_models.prompts(2, 43), "negative": tiny_models.prompts(2, 44)}
     outputs, mlp, stream = run_engine(
-        config(steerable, files, tensor_parallel_size=2, max_num_batched_tokens=16),
+        config(
+            steerable, files, tensor_parallel_size=2, max_num_batched_tokens=16, max_num_seqs=16
+        ),
         [
             {"op": "generate", "requests": requests},
             {"op": "mean_difference", **groups, "form": "mlp"},
