@@ -11,17 +11,17 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.engine_forks import ROOT, forks
 
 V1: Mapping[str, str] = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+"""The engine core in a process of its own, as `LLM` has it: it imports vLLM once more."""
+V1_HERE: Mapping[str, str] = {**V1, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 V2: Mapping[str, str] = {
     "VLLM_USE_V2_MODEL_RUNNER": "1",
     "TRITON_INTERPRET": "1",
@@ -37,7 +37,7 @@ def run_engine(
     engine: Mapping[str, Any],
     steps: Sequence[Mapping[str, Any]],
     *,
-    env: Mapping[str, str] = V1,
+    env: Mapping[str, str] = V1_HERE,
     setup: str = "",
     timeout: int = 900,
 ) -> list[Any]:
@@ -50,9 +50,10 @@ def run_engine(
     with tempfile.TemporaryDirectory() as folder:
         job, result = Path(folder) / "job.json", Path(folder) / "result.json"
         job.write_text(json.dumps({"engine": dict(engine), "steps": list(steps), "setup": setup}))
-        process = subprocess.run(
-            [sys.executable, __file__, str(job), str(result)],
-            env={
+        ended = forks("TRITON_INTERPRET" in env).run(
+            "tests.engine_job:run_job",
+            [str(job), str(result)],
+            {
                 **os.environ,
                 "VLLM_CPU_KVCACHE_SPACE": "1",
                 "VLLM_LOGGING_LEVEL": "WARNING",
@@ -61,14 +62,10 @@ def run_engine(
                 **own_core(),
                 **env,
             },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-            check=False,
+            timeout,
         )
-        if process.returncode != 0 or not result.exists():
-            raise EngineFailed(f"engine ended with {process.returncode}\n{process.stdout[-20000:]}")
+        if ended.status != 0 or not result.exists():
+            raise EngineFailed(f"engine ended with {ended.status}\n{ended.output[-20000:]}")
         return json.loads(result.read_text())
 
 
@@ -309,9 +306,8 @@ class _Steps:
             return str(error)
 
 
-def _main(job_path: str, result_path: str) -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        stand_in_driver()
+def run_job(job_path: str, result_path: str) -> None:
+    """What `run_engine` has a fork do."""
     job = json.loads(Path(job_path).read_text())
     exec(job["setup"], {"__name__": "setup"})
     steps = _Steps(job["engine"])
@@ -320,7 +316,3 @@ def _main(job_path: str, result_path: str) -> None:
         arguments = dict(step)
         results.append(getattr(steps, arguments.pop("op"))(**arguments))
     Path(result_path).write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

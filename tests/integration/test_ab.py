@@ -21,7 +21,7 @@ from tests import tiny_models
 from tests.engine_job import ROOT, V1
 from tests.oracles import Arm, HookedModel, assert_token_exact
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.xdist_group("ab")]
 
 MODEL_LENGTH = 64
 # The command, again and again, with the engine of its first run.

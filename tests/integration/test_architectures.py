@@ -19,14 +19,13 @@ from cna_vllm.circuit import Neuron
 from cna_vllm.discovery import select_neurons
 from tests import tiny_models
 from tests.architectures import ARCHITECTURES
-from tests.engine_job import V1, V2, EngineFailed, run_engine
+from tests.engine_job import V1, V1_HERE, V2, EngineFailed, run_engine
 from tests.integration.conftest import PLAIN, Subject
 from tests.oracles import HookedModel, assert_token_exact
 from tests.tiny_models import LAYERS, WIDTH
 
 pytestmark = pytest.mark.engine
 
-IN_PROCESS = {**V1, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # Groups of prompts of different sizes, contrasted in pairs.
 GROUPS = {
     name: tiny_models.prompts(count, seed)
@@ -39,7 +38,7 @@ SIZES = (1, 12, 60)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_steering_and_discovery(name: str, tmp_path: Path) -> None:
     """One engine: every multiplier and scope and two circuits in a batch, then a recording."""
-    check(name, tmp_path, IN_PROCESS, prompts=3, max_tokens=12)
+    check(name, tmp_path, V1_HERE, prompts=3, max_tokens=12)
 
 
 # Both activations, and vLLM's Transformers backend, whose rows have a leading dimension.
@@ -71,7 +70,7 @@ def test_layers_of_different_sizes_are_refused(tmp_path: Path) -> None:
         "additional_config": {"cna": {}},
     }
     with pytest.raises(EngineFailed) as failure:
-        run_engine(engine, [{"op": "status"}], env=IN_PROCESS)
+        run_engine(engine, [{"op": "status"}], env=V1_HERE)
     says = "layer 1: model.layers.1.mlp has 160 neurons, the model's configuration says 96"
     assert says in str(failure.value)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from cna_vllm import Circuit
 from cna_vllm.bake import bake
 from tests import tiny_models
-from tests.engine_job import V1, run_engine
+from tests.engine_job import V1_HERE, run_engine
 from tests.integration.conftest import PLAIN, Subject
 from tests.oracles import HookedModel, assert_token_exact
 
@@ -51,7 +51,7 @@ def test_scope_all_equals_the_baked_checkpoint(tiny: Subject, tmp_path: Path) ->
 
         stock = {**tiny.config(model=str(folder)), "additional_config": {}}
         (theirs,) = run_engine(
-            stock, [{"op": "generate", "requests": plain}], env={**V1, "VLLM_PLUGINS": ""}
+            stock, [{"op": "generate", "requests": plain}], env={**V1_HERE, "VLLM_PLUGINS": ""}
         )
         assert [o["token_ids"] for o in mine] == [o["token_ids"] for o in theirs]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny_models
-from tests.engine_job import V1, run_engine
+from tests.engine_job import V1_HERE, run_engine
 from tests.integration.conftest import PLAIN, Subject
 from tests.oracles import assert_token_exact
 
@@ -61,8 +61,7 @@ def test_compiled_equals_eager_and_oracle(tiny: Subject, tmp_path: Path) -> None
         tiny.config(enforce_eager=False, enable_prefix_caching=False),
         steps,
         env={
-            **V1,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            **V1_HERE,
             "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
             "COUNTS": str(counts),
         },

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny_models
-from tests.engine_job import V1, V2, EngineFailed, run_engine
+from tests.engine_job import V1_HERE, V2, EngineFailed, run_engine
 from tests.integration.conftest import PLAIN, Subject
 from tests.oracles import assert_token_exact
 
@@ -68,11 +68,10 @@ def test_an_unconfigured_engine_is_plain_vllm(tiny: Subject) -> None:
     )
     steps = [{"op": "classes"}, {"op": "generate", "requests": requests}]
     engine = tiny.config(additional_config={})
-    in_process = {**V1, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    installed = run_engine(engine, steps, env=in_process)
-    absent = run_engine(engine, steps, env={**in_process, "VLLM_PLUGINS": ""})
+    installed = run_engine(engine, steps)
+    absent = run_engine(engine, steps, env={**V1_HERE, "VLLM_PLUGINS": ""})
     assert installed == absent
-    configured = run_engine(tiny.config(), steps, env=in_process)
+    configured = run_engine(tiny.config(), steps)
     assert configured[0] != absent[0], "the comparison of classes must be able to fail"
     assert configured[1] == absent[1]
 
@@ -121,12 +120,11 @@ ModelRegistry.register_model("LlamaForCausalLM", DeafForCausalLM)
 """
 
 
-@pytest.mark.parametrize("runner", [V1, V2], ids=["V1", "V2-interpreted"])
+@pytest.mark.parametrize("runner", [V1_HERE, V2], ids=["V1", "V2-interpreted"])
 def test_start_refuses_a_layer_that_goes_around_its_hook(tiny: Subject, runner) -> None:
     """A model whose third layer computes its activation by itself would run unsteered there."""
-    env = {**runner, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with pytest.raises(EngineFailed) as failure:
-        run_engine(tiny.config(), [{"op": "status"}], env=env, setup=BYPASS)
+        run_engine(tiny.config(), [{"op": "status"}], env=runner, setup=BYPASS)
     assert "1 of 4 layers do not obey the steering hook: 2 (model.layers.2.mlp)" in str(
         failure.value
     )

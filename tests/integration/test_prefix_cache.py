@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from tests import tiny_models
-from tests.engine_job import V1, V2, run_engine
+from tests.engine_job import V1_HERE, V2, run_engine
 from tests.integration.conftest import PLAIN, Subject
 from tests.oracles import Arm, assert_token_exact
 
 pytestmark = pytest.mark.engine
 
 BLOCK = 32
-RUNNERS = pytest.mark.parametrize("runner", [V1, V2], ids=["V1", "V2-interpreted"])
+RUNNERS = pytest.mark.parametrize("runner", [V1_HERE, V2], ids=["V1", "V2-interpreted"])
 
 
 def one_by_one(

@@ -11,12 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import tiny_models
-from tests.engine_job import V1, run_engine
+from tests.engine_job import V1_HERE, run_engine
 from tests.tiny_models import LAYERS, WIDTH
 
 pytestmark = pytest.mark.engine
 
-IN_PROCESS = {**V1, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 # int8 weights with a scale per output channel, int8 activations with a scale per token row.
 W8A8 = {
@@ -73,12 +72,12 @@ def test_steering_equals_scaled_weights(tmp_path: Path) -> None:
     before, found = run_engine(
         {**engine, **config, "model": str(steered)},
         [{"op": "generate", "requests": plain}, {"op": "generate", "requests": ours}],
-        env=IN_PROCESS,
+        env=V1_HERE,
     )
     (wanted,) = run_engine(
         {**engine, "model": str(scaled)},
         [{"op": "generate", "requests": plain}],
-        env={**IN_PROCESS, "VLLM_PLUGINS": ""},
+        env={**V1_HERE, "VLLM_PLUGINS": ""},
     )
     texts = [[o["token_ids"] for o in outputs] for outputs in (before, found, wanted)]
     assert texts[1] == texts[2]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests import tiny_models
-from tests.engine_job import V1, V2, run_engine
+from tests.engine_job import V1, V1_HERE, V2, run_engine
 from tests.integration.conftest import PLAIN, Subject
 from tests.oracles import assert_token_exact
 
@@ -36,7 +36,7 @@ def test_full_matrix_in_one_mixed_batch(smollm2: Subject, chats: list[list[int]]
     requests, wanted = smollm2.requests(chats, smollm2.matrix(), max_tokens=48)
     engine = smollm2.config(enable_prefix_caching=False, max_num_seqs=128)
     outputs, status = run_engine(
-        engine, [{"op": "generate", "requests": requests}, {"op": "status"}]
+        engine, [{"op": "generate", "requests": requests}, {"op": "status"}], env=V1
     )
     assert_token_exact(smollm2.verdicts(wanted, outputs), "mixed batch, SmolLM2, V1")
     texts = {tuple(o["token_ids"][0]) for o in outputs}
@@ -67,7 +67,7 @@ SCHEDULES: dict[str, tuple[dict[str, object], str | None]] = {
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_v1(tiny: Subject, schedule: str) -> None:
     """The matrix on the V1 runner under every way of scheduling it."""
-    check_schedule(tiny, schedule, V1, tiny_models.prompts(8), max_tokens=32)
+    check_schedule(tiny, schedule, V1_HERE, tiny_models.prompts(8), max_tokens=32)
 
 
 # The V2 runner of vLLM 0.32 and 0.33 has no n-gram speculation; drafts are tested below.
@@ -98,7 +98,7 @@ def check_schedule(
         assert counts[0] > 0, f"{metric} is 0: what this test is about did not happen"
 
 
-@pytest.mark.parametrize("runner", [V1, V2], ids=["V1", "V2-interpreted"])
+@pytest.mark.parametrize("runner", [V1_HERE, V2], ids=["V1", "V2-interpreted"])
 def test_draft_model_is_left_alone(
     tiny: Subject, runner: Mapping[str, str], tmp_path: Path
 ) -> None:
@@ -185,7 +185,7 @@ def test_unsteered_rows_are_bit_identical(tiny: Subject) -> None:
         [{"op": "generate", "requests": [r]} for r in mixed],
     )
     stock = {**tiny.config(enable_prefix_caching=False, max_num_seqs=1), "additional_config": {}}
-    theirs = run_engine(stock, steps, env={**V1, "VLLM_PLUGINS": ""})
+    theirs = run_engine(stock, steps, env={**V1_HERE, "VLLM_PLUGINS": ""})
     kept = [o for o, (_, arm) in zip(ours, wanted, strict=True) if arm is PLAIN]
     assert json.dumps(kept) == json.dumps(theirs)
 

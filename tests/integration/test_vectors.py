@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_models
-from tests.engine_job import V1, V2, run_engine
+from tests.engine_job import V1, V1_HERE, V2, run_engine
 from tests.integration.conftest import PLAIN, SCOPES, Subject
 from tests.integration.test_compiled import COUNT_OPS
 from tests.integration.test_token_exact import steered_rows
@@ -259,8 +259,7 @@ def test_compiled(steerable: Subject, files: dict[str, str], tmp_path: Path) -> 
         engine,
         [{"op": "generate", "requests": requests}],
         env={
-            **V1,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            **V1_HERE,
             "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
             "COUNTS": str(counts),
         },

@@ -50,7 +50,12 @@ class Case(NamedTuple):
         return f"{self.dtype}-{self.activation}-{self.width}-{self.routing}"
 
 
-CASES: Final = [Case(*values) for values in product(DTYPES, sorted(EAGER), WIDTHS, ROUTINGS)]
+CASES: Final = [
+    case
+    for case in (Case(*values) for values in product(DTYPES, sorted(EAGER), WIDTHS, ROUTINGS))
+    # How rows are steered does not depend on the activation: at the widest, one has all routings.
+    if case.width < 14336 or case.activation == "silu" or case.routing in ("none", "skewed")
+]
 
 VECTOR_CASES: Final = list(product(DTYPES, (1536, 7, 1000), ROUTINGS))
 

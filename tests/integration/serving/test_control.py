@@ -8,7 +8,7 @@ import pytest
 
 from tests.integration.serving.deployment import Deployment, load, unload
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.xdist_group("serving")]
 
 
 def test_control_is_seen_by_all_servers(deployed: Deployment) -> None:

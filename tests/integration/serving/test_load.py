@@ -15,7 +15,7 @@ from tests.integration.conftest import PLAIN
 from tests.integration.serving.deployment import KV_BLOCKS, Deployment, extra, load, unload
 from tests.oracles import Arm, Verdict, assert_token_exact
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.xdist_group("serving")]
 
 CLIENTS, TOKENS = 8, 5
 # Of all processes together; the engine alone holds 700 MiB of weights and cache.
