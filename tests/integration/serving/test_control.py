@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import json
+
 import httpx
 import pytest
 
+from tests import tiny_models
 from tests.integration.serving.deployment import Deployment, load, unload
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -64,6 +67,16 @@ def test_isolation(deployed: Deployment) -> None:
             assert reply.status_code == 400, path
             assert reply.json()["error"]["param"] == "circuit_path"
             assert str(deployed.folder) not in reply.text
+        channels = {0: (1, 2), 29: (1535,)}
+        for name, content, status in (
+            ("other.json", tiny_models.circuit_object(channels, 31, 1536), 400),
+            ("plain.json", channels, 200),
+        ):
+            (deployed.folder / "circuits" / name).write_text(json.dumps(content))
+            reply = load(http, "new", name)
+            assert reply.status_code == status and "'smollm2'" in reply.text.replace('"', "'")
+            assert deployed.subject.path not in reply.text + http.get("/v1/cna_circuits").text
+        assert unload(http, "circuit", "new").status_code == 200
         listed = http.get("/v1/cna_circuits").text + http.get("/v1/models").text
         assert str(deployed.folder) not in listed
         assert set(deployed.subject.files) == {
