@@ -34,6 +34,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from engine_throughput import random_circuit
 from provenance import provenance, record
 from servers import OURS, STOCK, Server, Traffic, serve
@@ -74,7 +75,10 @@ def rounds(
 
 
 def touch_cache(server: Server) -> None:
-    """Writes all of the KV cache once, whose memory is the engine's only from then on."""
+    """Writes all of the KV cache once, whose memory is the engine's only from then on; a GPU's is
+    not in the processes' resident memory."""
+    if torch.cuda.is_available():
+        return
     rng = random.Random(0)
     with server.http() as http:
         metrics = http.get("/metrics").text
@@ -140,7 +144,7 @@ def resident_restart(number: int, folder: Path, args: argparse.Namespace) -> dic
             servers[name] = stack.enter_context(
                 serve(OURS, args.model, [*args.common, *more], folder / f"{name}.log")
             )
-            loads[name] = fill(servers[name], names[name])
+            loads[name] = fill(servers[name], names[name], max(args.counts))
 
         def measure(name: str, turn: int) -> dict[str, float]:
             arms = [
@@ -153,8 +157,11 @@ def resident_restart(number: int, folder: Path, args: argparse.Namespace) -> dic
         return {"rounds": rounds(args.rounds, list(names), measure), "loads": loads}
 
 
-def fill(server: Server, count: int) -> dict[str, float]:
-    """Loads ``count`` circuits over HTTP: seconds of a load, and bytes that a circuit costs."""
+def fill(server: Server, count: int, rows: int) -> dict[str, float]:
+    """Loads ``count`` circuits over HTTP: seconds of a load, and bytes that a circuit costs.
+
+    Of the server's resident memory, the table's row included, and of the row alone.
+    """
     before, seconds = server.memory(), []
     with server.http() as http:
         for i in range(count):
@@ -166,7 +173,19 @@ def fill(server: Server, count: int) -> dict[str, float]:
         "median_seconds": round(statistics.median(seconds), 5),
         "highest_seconds": round(max(seconds), 5),
         "bytes_per_circuit": round((server.memory() - before) / count),
+        "bytes_per_row": round(table_bytes(server) / rows),
     }
+
+
+def table_bytes(server: Server) -> float:
+    """What the workers say, once the server has asked them."""
+    with server.http() as http:
+        for _ in range(60):
+            for line in http.get("/metrics").text.splitlines():
+                if line.startswith("cna:table_bytes ") and float(line.split()[1]) > 0:
+                    return float(line.split()[1])
+            time.sleep(1)
+    raise RuntimeError("the server has not said how large its table is")
 
 
 def traffic(args: argparse.Namespace, seed: int) -> Traffic:
@@ -230,6 +249,9 @@ def main() -> None:
     args.model = resolve_model(args.model)
     args.common = [f"--served-model-name={MODEL}", f"--dtype={args.dtype}", "--enforce-eager"]
     args.common += ["--max-model-len=512", f"--max-num-seqs={2 * args.clients}"]
+    if not torch.cuda.is_available():
+        # Enough for every request, and soon written once; blocks are of 128 tokens on a CPU.
+        args.common.append(f"--num-gpu-blocks-override={2 * args.clients * 512 // 128}")
     row: dict[str, Any] = {"benchmark": "serving", "model": Path(args.model).name}
     row |= {key: vars(args)[key] for key in ("restarts", "rounds", "clients", "requests")}
     row |= {"tokens": args.tokens, "fraction": args.fraction, "dtype": args.dtype}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,13 @@ def test_a_circuit_takes_no_name_of_another_kind(plane: Plane, name: str) -> Non
     assert f"the name {name!r} is that of" in str(error) or "is the name of a model" in str(error)
     assert set(plane.gate.registry.circuits()) == {"a"}
     assert plane.workers.table.resident() == (circuit(0).digest,)
+
+
+def test_without_a_circuit_folder_nothing_is_loaded(plane: Plane) -> None:
+    plane.gate.config = replace(plane.gate.config, circuit_dir=None)
+    error = refused(plane.load_circuit("a", "0.json"))
+    assert (error.field, error.status) == ("circuit_path", 403)
+    assert plane.workers.table.resident() == ()
 
 
 def test_a_registry_that_cannot_be_written_changes_nothing(
