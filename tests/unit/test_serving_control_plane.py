@@ -34,11 +34,14 @@ class Workers:
 
     def __init__(self) -> None:
         self.table = CircuitTable(range(LAYERS), 0, WIDTH, 4, torch.device("cpu"))
-        self.errored = False
+        self.errored = self.dying = False
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         if self.errored:
             raise RuntimeError("EngineCore encountered an issue")
+        if self.dying:
+            self.errored = True
+            await asyncio.Event().wait()  # vLLM never answers a call that its engine died on
         match method:
             case "cna_load":
                 self.table.load(Circuit.from_dict(args[0]))
@@ -130,9 +133,10 @@ def test_a_registry_that_cannot_be_written_changes_nothing(
     assert plane.workers.table.loaded() == (circuit(1).digest,)
 
 
-def test_a_dead_engine_is_told_and_names_stay(plane: Plane) -> None:
+@pytest.mark.parametrize("during", [False, True])
+def test_a_dead_engine_is_told_and_names_stay(plane: Plane, during: bool) -> None:
     asyncio.run(plane.load_circuit("a", "0.json"))
-    plane.workers.errored = True
+    plane.workers.errored, plane.workers.dying = not during, during
     error = refused(plane.load_circuit("b", "1.json"))
     assert (error.field, error.status) == ("cna", 503) and "engine has died" in str(error)
     assert plane.gate.registry.circuits() == {"a": circuit(0)}

@@ -29,6 +29,7 @@ from cna_vllm.serving.registry import Names
 from cna_vllm.serving.store import StoreError
 
 logger = logging.getLogger("vllm.cna")
+LIFE_SECONDS = 1.0  # between looks at whether the engine is alive, while a call is under way
 T = TypeVar("T")
 
 
@@ -238,14 +239,19 @@ class ControlPlane:
             await self._rpc("cna_unload", circuit.digest)
 
     async def _rpc(self, method: str, *args: Any) -> Any:
+        """One call of all workers. A call that an engine died on is never answered: left alone, it
+        would keep its client waiting, and the server from ending."""
+        call = asyncio.ensure_future(self._engine.collective_rpc(method, args=args))
         try:
-            return await self._engine.collective_rpc(method, args=args)
-        except Exception as error:
-            if not self._engine.errored:
-                raise
-            raise ControlError(
-                "cna", "the engine has died and the server is ending; start it again", 503
-            ) from error
+            while not call.done() and not self._engine.errored:
+                await asyncio.wait({call}, timeout=LIFE_SECONDS)
+            if call.done() and (call.exception() is None or not self._engine.errored):
+                return call.result()
+        finally:
+            call.cancel()
+        raise ControlError(
+            "cna", "the engine has died and the server is ending; start it again", 503
+        )
 
 
 @contextmanager
