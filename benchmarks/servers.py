@@ -127,6 +127,43 @@ class Traffic:
         return latencies
 
 
+class Operator(threading.Thread):
+    """Loads, replaces and unloads one circuit over HTTP without a pause, while it is entered.
+
+    changes: how many of them were answered.
+    """
+
+    def __init__(self, server: Server, files: Sequence[str]) -> None:
+        """files: paths in the server's circuit folder, each of other content."""
+        super().__init__(daemon=True)
+        self._server, self._files, self._done = server, files, threading.Event()
+        self.changes = 0
+        self._error: Exception | None = None
+
+    def __enter__(self) -> Operator:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+    def run(self) -> None:
+        loads = [{"circuit_path": file, "load_inplace": True} for file in self._files]
+        try:
+            with self._server.http() as http:
+                while not self._done.is_set():
+                    for body in [*loads, None]:
+                        route = f"/v1/{'unload' if body is None else 'load'}_cna_circuit"
+                        reply = http.post(route, json={"circuit_name": "hot", **(body or {})})
+                        reply.raise_for_status()
+                        self.changes += 1
+        except Exception as error:  # told where it was entered
+            self._error = error
+
+
 class _Peak(threading.Thread):
     """Highest memory seen, by looking twice a second."""
 

@@ -6,9 +6,10 @@
 Part ``load``: our server and plain vLLM's (no plugin loaded) are up side by side and take turns
 with the same traffic. Variants: ``stock``; ``control``, a second plain server, whose ratio to
 ``stock`` is 1 but for noise; ``idle``, ours, no request steered; ``mixed``, ours, every request in
-an arm drawn at random (plain, adapters of three scopes, fields with a multiplier). Memory is the
-resident memory of all processes of a server: before the rounds (after a warm-up that writes the
-whole KV cache once), the highest during them, and after them.
+an arm drawn at random (plain, adapters of three scopes, fields with a multiplier); ``changing``,
+the same while a circuit is loaded, replaced and unloaded without a pause. Memory is the resident
+memory of all processes of a server: before the rounds (after a warm-up that writes the whole KV
+cache once), the highest during them, and after them.
 
 Part ``resident``: servers with 1, 100 and 1,000 circuits loaded over HTTP, every request steered by
 one of its server's circuits drawn at random. Time of a load, memory that a circuit costs, and
@@ -34,9 +35,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from engine_throughput import random_circuit
 from provenance import provenance, record
-from servers import OURS, STOCK, Server, Traffic, serve
+from servers import OURS, STOCK, Operator, Server, Traffic, serve
 
 from cna_vllm.models import resolve_model
 
@@ -56,6 +58,7 @@ LOAD: Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]] = {
     "control": ("control", PLAIN),
     "idle": ("ours", PLAIN),
     "mixed": ("ours", MIXED),
+    "changing": ("ours", MIXED),
 }
 
 Measured = dict[str, dict[str, float]]
@@ -74,7 +77,10 @@ def rounds(
 
 
 def touch_cache(server: Server) -> None:
-    """Writes all of the KV cache once, whose memory is the engine's only from then on."""
+    """Writes all of the KV cache once, whose memory is the engine's only from then on; a GPU's is
+    not in the processes' resident memory."""
+    if torch.cuda.is_available():
+        return
     rng = random.Random(0)
     with server.http() as http:
         metrics = http.get("/metrics").text
@@ -91,7 +97,11 @@ def load_restart(number: int, folder: Path, args: argparse.Namespace) -> dict[st
     """Fresh servers side by side, and the measured rounds."""
     file = folder / "c.json"
     random_circuit(args.model, args.fraction).save(file)
+    hot = ("hot-1.json", "hot-2.json")
+    for seed, name in enumerate(hot, 1):
+        random_circuit(args.model, args.fraction, seed).save(folder / name)
     ours = [f"--circuit=c={file}", *(f"--adapter={adapter}" for adapter in ADAPTERS)]
+    ours += [f"--circuit-dir={folder}", f"--registry-dir={folder / f'registry-{number}'}"]
     kinds = {"stock": (STOCK, []), "control": (STOCK, []), "ours": (OURS, ours)}
     with ExitStack() as stack:
         servers = {}
@@ -104,7 +114,11 @@ def load_restart(number: int, folder: Path, args: argparse.Namespace) -> dict[st
 
         def measure(variant: str, turn: int) -> dict[str, float]:
             kind, arms = LOAD[variant]
-            return traffic(args, turn).run(servers[kind], MODEL, arms)
+            if variant != "changing":
+                return traffic(args, turn).run(servers[kind], MODEL, arms)
+            with Operator(servers[kind], hot) as operator:
+                measured = traffic(args, turn).run(servers[kind], MODEL, arms)
+            return {**measured, "changes": operator.changes}
 
         rounds(1, list(LOAD), measure)
         before = {kind: server.memory() / 2**20 for kind, server in servers.items()}
@@ -140,7 +154,7 @@ def resident_restart(number: int, folder: Path, args: argparse.Namespace) -> dic
             servers[name] = stack.enter_context(
                 serve(OURS, args.model, [*args.common, *more], folder / f"{name}.log")
             )
-            loads[name] = fill(servers[name], names[name])
+            loads[name] = fill(servers[name], names[name], max(args.counts))
 
         def measure(name: str, turn: int) -> dict[str, float]:
             arms = [
@@ -153,8 +167,11 @@ def resident_restart(number: int, folder: Path, args: argparse.Namespace) -> dic
         return {"rounds": rounds(args.rounds, list(names), measure), "loads": loads}
 
 
-def fill(server: Server, count: int) -> dict[str, float]:
-    """Loads ``count`` circuits over HTTP: seconds of a load, and bytes that a circuit costs."""
+def fill(server: Server, count: int, rows: int) -> dict[str, float]:
+    """Loads ``count`` circuits over HTTP: seconds of a load, and bytes that a circuit costs.
+
+    Of the server's resident memory, the table's row included, and of the row alone.
+    """
     before, seconds = server.memory(), []
     with server.http() as http:
         for i in range(count):
@@ -166,7 +183,19 @@ def fill(server: Server, count: int) -> dict[str, float]:
         "median_seconds": round(statistics.median(seconds), 5),
         "highest_seconds": round(max(seconds), 5),
         "bytes_per_circuit": round((server.memory() - before) / count),
+        "bytes_per_row": round(table_bytes(server) / rows),
     }
+
+
+def table_bytes(server: Server) -> float:
+    """What the workers say, once the server has asked them."""
+    with server.http() as http:
+        for _ in range(60):
+            for line in http.get("/metrics").text.splitlines():
+                if line.startswith("cna:table_bytes ") and float(line.split()[1]) > 0:
+                    return float(line.split()[1])
+            time.sleep(1)
+    raise RuntimeError("the server has not said how large its table is")
 
 
 def traffic(args: argparse.Namespace, seed: int) -> Traffic:
@@ -192,14 +221,15 @@ def ratios(restarts: Sequence[Sequence[Measured]], base: str) -> dict[str, list[
 
 
 def figures(restarts: Sequence[Sequence[Measured]]) -> Measured:
-    """variant -> median over all rounds of tokens/s, p50 and p99."""
-    keys = ("tokens_per_second", "p50", "p99")
+    """variant -> median over all rounds of tokens/s, p50, p99, and changes where there are any."""
+    keys = ("tokens_per_second", "p50", "p99", "changes")
     return {
         variant: {
             key: round(statistics.median(one[variant][key] for r in restarts for one in r), 4)
             for key in keys
+            if key in first
         }
-        for variant in restarts[0][0]
+        for variant, first in restarts[0][0].items()
     }
 
 
@@ -207,7 +237,8 @@ def show(title: str, found: Measured, quotients: Mapping[str, Sequence[float]]) 
     print(f"{title:24} {'tokens/s':>9} {'p50 s':>8} {'p99 s':>8}")
     for variant, values in found.items():
         rate, p50, p99 = values["tokens_per_second"], values["p50"], values["p99"]
-        print(f"{variant:24} {rate:9.1f} {p50:8.3f} {p99:8.3f}")
+        more = f"  {values['changes']:.0f} changes a round" if "changes" in values else ""
+        print(f"{variant:24} {rate:9.1f} {p50:8.3f} {p99:8.3f}{more}")
     print(f"{'ratio of tokens/s':24} {'lowest':>9} {'median':>8} {'highest':>8}")
     for name, (low, middle, high) in quotients.items():
         print(f"{name:24} {low:9.3f} {middle:8.3f} {high:8.3f}")
@@ -230,6 +261,9 @@ def main() -> None:
     args.model = resolve_model(args.model)
     args.common = [f"--served-model-name={MODEL}", f"--dtype={args.dtype}", "--enforce-eager"]
     args.common += ["--max-model-len=512", f"--max-num-seqs={2 * args.clients}"]
+    if not torch.cuda.is_available():
+        # Enough for every request, and soon written once; blocks are of 128 tokens on a CPU.
+        args.common.append(f"--num-gpu-blocks-override={2 * args.clients * 512 // 128}")
     row: dict[str, Any] = {"benchmark": "serving", "model": Path(args.model).name}
     row |= {key: vars(args)[key] for key in ("restarts", "rounds", "clients", "requests")}
     row |= {"tokens": args.tokens, "fraction": args.fraction, "dtype": args.dtype}

@@ -17,8 +17,6 @@ from typing import Any
 
 from cna_vllm.files import write_atomic
 
-FORMAT = "cna-circuit"
-VERSION = 1
 MAX_FILE_BYTES = 64 * 2**20
 MAX_LAYERS = 2**16
 MAX_INTERMEDIATE_SIZE = 2**24
@@ -129,28 +127,9 @@ class Circuit:
 
     def summary(self) -> str:
         """A few lines for people: model, size, where the neurons lie, origin, digest, notes."""
-        total = self.num_layers * self.intermediate_size
-        layers = self.by_layer()
-        late = sum(n.layer >= self.num_layers - -(-self.num_layers // 4) for n in self.neurons)
-        lines = [
-            f"model   {self.model} ({self.architecture}, {self.num_layers} layers, "
-            f"intermediate size {self.intermediate_size})",
-            f"neurons {len(self)} of {total} ({len(self) / total:.3%}) in {len(layers)} layers, "
-            f"{late / len(self):.0%} in the last quarter",
-            f"sign    {sum(n.delta > 0 for n in self.neurons)} positive, "
-            f"{sum(n.delta < 0 for n in self.neurons)} negative",
-            f"digest  {self.digest}",
-        ]
-        if self.created or self.dtype:
-            lines.append(f"found   {self.created or 'at an unknown time'} in {self.dtype or '?'}")
-        for name, mapping in (("method", self.method), ("prompts", self.prompts)):
-            if mapping:
-                lines.append(
-                    f"{name:7} "
-                    + ", ".join(f"{k}={_brief(json.dumps(v))}" for k, v in mapping.items())
-                )
-        lines += [f"note    {note}" for note in self.notes]
-        return "\n".join(lines)
+        from cna_vllm import circuit_summary
+
+        return circuit_summary.summarize(self)
 
     def check_model(
         self, model: str, architecture: str, num_layers: int, intermediate_size: int
@@ -166,24 +145,9 @@ class Circuit:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that `save` writes."""
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": self.model,
-            "architecture": self.architecture,
-            "num_layers": self.num_layers,
-            "intermediate_size": self.intermediate_size,
-            "dtype": self.dtype,
-            "method": dict(self.method),
-            "prompts": dict(self.prompts),
-            "tools": dict(self.tools),
-            "created": self.created,
-            "notes": list(self.notes),
-            "digest": self.digest,
-            "neurons": [
-                {"layer": n.layer, "index": n.index, "delta": n.delta} for n in self.neurons
-            ],
-        }
+        from cna_vllm import circuit_file
+
+        return circuit_file.encode(self)
 
     @classmethod
     def from_dict(
@@ -246,10 +210,6 @@ def show(value: object) -> str:
         return reprlib.repr(value)
     except ValueError:  # an integer over the interpreter's limit of digits
         return f"a huge {type(value).__name__}"
-
-
-def _brief(text: str, limit: int = 100) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def is_int(value: object) -> bool:

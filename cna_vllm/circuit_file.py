@@ -11,7 +11,10 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from cna_vllm.circuit import FORMAT, VERSION, Circuit, CircuitError, Neuron, is_int, show
+from cna_vllm.circuit import Circuit, CircuitError, Neuron, is_int, show
+
+FORMAT = "cna-circuit"
+VERSION = 1
 
 _REQUIRED = ("model", "architecture", "num_layers", "intermediate_size", "neurons")
 _OPTIONAL = ("dtype", "method", "prompts", "tools", "created", "notes")
@@ -51,6 +54,28 @@ def parse_json(raw: bytes) -> Any:
         raise
     except ValueError as error:  # an integer over the interpreter's limit of digits
         raise CircuitError("holds an integer that is too long") from error
+
+
+def encode(circuit: Circuit) -> dict[str, Any]:
+    """See `Circuit.to_dict`."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": circuit.model,
+        "architecture": circuit.architecture,
+        "num_layers": circuit.num_layers,
+        "intermediate_size": circuit.intermediate_size,
+        "dtype": circuit.dtype,
+        "method": dict(circuit.method),
+        "prompts": dict(circuit.prompts),
+        "tools": dict(circuit.tools),
+        "created": circuit.created,
+        "notes": list(circuit.notes),
+        "digest": circuit.digest,
+        "neurons": [
+            {"layer": n.layer, "index": n.index, "delta": n.delta} for n in circuit.neurons
+        ],
+    }
 
 
 def decode(

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+from cna_vllm.circuit import show
 from cna_vllm.request import (
     FIELD_CIRCUIT,
     FIELD_PREFIX,
@@ -15,7 +16,7 @@ from cna_vllm.request import (
     SteeringError,
     resolve,
 )
-from cna_vllm.serving.config import CnaConfig
+from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.registry import CircuitRegistry
 from cna_vllm.serving.vector_registry import VectorRegistry
 
@@ -59,7 +60,8 @@ def admit_or_refuse(
 class Admission:
     """Validates steering fields against one engine's configuration and registry.
 
-    Raises SteeringError when a registered adapter could not be admitted.
+    Raises SteeringError when a registered adapter could not be admitted, and CnaConfigError when
+    one name stands for two things.
     """
 
     def __init__(
@@ -72,8 +74,31 @@ class Admission:
         self.config = config
         self.registry = registry
         self.vectors = vectors
+        for name in () if vectors is None else vectors.vectors():
+            self.check_free(name, "vector")
         for adapter in registry.names().adapters.values():
             self.admit(adapter.fields)
+
+    def check_free(self, name: str, kind: Literal["circuit", "adapter", "vector"]) -> None:
+        """Raises CnaConfigError if ``name`` may not stand for a ``kind``; one that stands for
+        another of that kind is free."""
+        if kind == "vector":
+            names = self.registry.names()
+            if name in names.circuits or name in names.adapters:
+                raise CnaConfigError(
+                    f"the name {show(name)} is that of a circuit or adapter; choose another"
+                )
+            return
+        self.registry.check_free(name, adapter=kind == "adapter")
+        if self.vectors is not None and name in self.vectors.vectors():
+            raise CnaConfigError(f"the name {show(name)} is that of a vector; choose another")
+
+    def names_by_digest(self) -> dict[str, str]:
+        """Content digest -> a name that stands for it now, of circuits and vectors."""
+        names = {circuit.digest: name for name, circuit in self.registry.circuits().items()}
+        if self.vectors is not None:
+            names |= {vectors.digest: name for name, vectors in self.vectors.vectors().items()}
+        return names
 
     def admit(
         self, extra_args: Mapping[str, Any] | None, *, resumable: bool = False

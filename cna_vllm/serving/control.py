@@ -20,11 +20,13 @@ def load_circuit(llm: LLM, name: str, circuit: Circuit | str | Path) -> Circuit:
     An existing name is replaced: running requests finish on what they started with, and no
     prefix-cache block of the old content can be hit. The new content needs a row of its own
     (``max_circuits``) before the old one's is given back. Raises CircuitError when the circuit is
-    malformed or of another model, before any worker sees it.
+    malformed or of another model, and CnaConfigError when the name is that of an adapter or of a
+    vector, before any worker sees it.
     """
-    registry = admission_of(llm).registry
+    gate = admission_of(llm)
+    registry = gate.registry
     loaded = circuit if isinstance(circuit, Circuit) else registry.load(circuit)
-    registry.check_free(name, adapter=False)
+    gate.check_free(name, "circuit")
     registry.check(loaded)
     previous = registry.circuits().get(name)
     for report in llm.collective_rpc("cna_load", args=(loaded.to_dict(),)):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prometheus metrics beside vLLM's own, in the registry that its ``/metrics`` shows.
 
-Labels are circuits' names, which only an operator chooses, and at most ``MAX_LABELS`` of them in
-the life of a process; what comes after shares the label ``other``.
+Labels are names of circuits and vectors, which only an operator chooses, and at most
+``MAX_LABELS`` of them in the life of a process; what comes after shares the label ``other``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from cna_vllm.request import FIELD_CIRCUIT, FIELDS, RESOLVED_FIELD, SteeringError
+from cna_vllm.request import (
+    FIELD_CIRCUIT,
+    FIELD_VECTOR,
+    FIELDS,
+    RESOLVED_FIELD,
+    SteeringError,
+)
 from cna_vllm.serving.admission import Admission, admit_or_refuse
 
 MAX_LABELS = 200
@@ -26,7 +32,7 @@ class ControlMetrics:
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self.requests = Counter(
             "cna:steered_requests",
-            "Steered requests that were admitted, by circuit.",
+            "Steered requests that were admitted, by circuit or vector.",
             ["circuit"],
             registry=registry,
         )
@@ -38,7 +44,7 @@ class ControlMetrics:
         )
         self.steered_tokens = Counter(
             "cna:steered_tokens",
-            "Token rows that workers steered, by circuit (of one rank).",
+            "Token rows that workers steered, by circuit or vector (of one rank).",
             ["circuit"],
             registry=registry,
         )
@@ -70,7 +76,7 @@ class ControlMetrics:
         self._counted: dict[str, int] = {}
 
     def label(self, circuit: str) -> str:
-        """The circuit's name, or ``other`` when there have been too many."""
+        """The circuit's or vector's name, or ``other`` when there have been too many."""
         if circuit in self._labels:
             return circuit
         if len(self._labels) >= MAX_LABELS:
@@ -78,9 +84,9 @@ class ControlMetrics:
         self._labels.add(circuit)
         return circuit
 
-    def count_request(self, circuits: Iterable[str]) -> None:
-        """One admitted request that these circuits steer."""
-        for name in circuits:
+    def count_request(self, names: Iterable[str]) -> None:
+        """One admitted request that these circuits and vectors steer."""
+        for name in names:
             self.requests.labels(circuit=self.label(name)).inc()
 
     def take_status(self, report: Mapping[str, Any], names: Mapping[str, str]) -> None:
@@ -111,8 +117,9 @@ def admit_counted(
         control_metrics().refused.labels(field=field).inc()
         raise
     if admitted and RESOLVED_FIELD in admitted and RESOLVED_FIELD not in extra_args:
-        names = extra_args.get(FIELD_CIRCUIT, ())
-        control_metrics().count_request([names] if isinstance(names, str) else names)
+        for field in (FIELD_CIRCUIT, FIELD_VECTOR):
+            names = extra_args.get(field, ())
+            control_metrics().count_request([names] if isinstance(names, str) else names)
     return admitted
 
 

@@ -25,11 +25,8 @@ def load_vectors(llm: LLM, name: str, vectors: VectorSet | str | Path) -> Vector
     malformed or of another model, before any worker sees them; CnaConfigError when the engine was
     started without ``cna.max_vectors``, or the name is a circuit's.
     """
-    gate = admission_of(llm)
     registry = _registry(llm)
-    names = gate.registry.names()
-    if name in names.circuits or name in names.adapters:
-        raise CnaConfigError(f"the name {name!r} is that of a circuit or adapter; choose another")
+    admission_of(llm).check_free(name, "vector")
     loaded = vectors if isinstance(vectors, VectorSet) else VectorSet.load(vectors)
     registry.check(loaded)
     previous = registry.vectors().get(name)

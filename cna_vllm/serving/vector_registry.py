@@ -27,7 +27,7 @@ class ServedStream:
     def of(cls, model_config: Any) -> ServedStream:
         """From vLLM's model configuration."""
         return cls(
-            model=model_config.model,
+            model=model_config.served_model_name,
             architecture=model_config.architectures[0],
             num_layers=model_config.get_total_num_hidden_layers(),
             hidden_size=model_config.get_hidden_size(),

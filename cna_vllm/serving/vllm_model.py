@@ -18,7 +18,11 @@ from cna_vllm.serving.registry import ServedModel
 
 
 def served_model(model_config: Any) -> ServedModel:
-    """What circuits must fit, from vLLM's model configuration; ``gated_mlps`` holds it to that."""
+    """What circuits must fit, from vLLM's model configuration; ``gated_mlps`` holds it to that.
+
+    The name is the one that clients know: messages and lists show it to them, and the model's own
+    may be a path.
+    """
     width = neurons_per_layer(model_config.hf_text_config)
     if width is None:
         raise UnsupportedModelError(
@@ -26,7 +30,7 @@ def served_model(model_config: Any) -> ServedModel:
             "steering needs one size for all layers"
         )
     return ServedModel(
-        model=model_config.model,
+        model=model_config.served_model_name,
         architecture=model_config.architectures[0],
         num_layers=model_config.get_total_num_hidden_layers(),
         intermediate_size=width,

@@ -57,6 +57,23 @@ def test_status_brings_counters_up_to_the_workers() -> None:
     assert counted(registry, "cna:steered_tokens")["renamed"] == 7
 
 
+def test_requests_are_counted_by_circuit_and_by_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = CollectorRegistry()
+    own = ControlMetrics(registry)
+    monkeypatch.setattr(metrics, "control_metrics", lambda: own)
+    gate: Any = Gate()
+    metrics.admit_counted(gate, {"cna_circuit": ["a", "b"], "cna_vector": "v"})
+    metrics.admit_counted(gate, {"cna_vector": ["v", "w"]})
+    assert counted(registry, "cna:steered_requests") == {"a": 1, "b": 1, "v": 2, "w": 1}
+
+
+class Gate:
+    """Admits everything as steered."""
+
+    def admit(self, extra_args: Any, *, resumable: bool) -> dict[str, Any]:
+        return {"cna_resolved": {}}
+
+
 class Engine:
     """Alive for a number of looks; its workers fail at some of them."""
 
@@ -73,8 +90,8 @@ class Engine:
             raise RuntimeError("a worker is gone")
         return [report("x", x=self.at)]
 
-    def circuits(self) -> dict[str, Any]:
-        return {}
+    def names_by_digest(self) -> dict[str, str]:
+        return {"x": "steered"}
 
 
 def test_reading_counters_goes_on_after_a_failure_and_ends_with_the_engine(
@@ -87,4 +104,4 @@ def test_reading_counters_goes_on_after_a_failure_and_ends_with_the_engine(
     engine: Any = Engine(4, failing={2, 4})
     asyncio.run(asyncio.wait_for(plugin.read_counters(engine, engine, engine), 30))
     assert engine.at == 4
-    assert counted(registry, "cna:steered_tokens") == {OTHER: 3}
+    assert counted(registry, "cna:steered_tokens") == {"steered": 3}

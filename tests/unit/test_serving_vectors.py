@@ -282,6 +282,24 @@ def test_admission_resolves_vectors_and_keys_blocks_by_them() -> None:
             gate.admit(fields)
 
 
+def test_circuits_and_vectors_share_one_space_of_names() -> None:
+    gate = make_admission()
+    gate.check_free("new", "circuit")
+    gate.check_free("off", "circuit")  # to be replaced
+    for name, kind, says in (
+        ("v", "circuit", "that of a vector"),
+        ("v", "adapter", "that of a vector"),
+        ("off", "vector", "that of a circuit or adapter"),
+        ("off", "adapter", "that of a circuit"),
+    ):
+        with pytest.raises(CnaConfigError, match=says):
+            gate.check_free(name, kind)  # type: ignore[arg-type]
+    assert gate.names_by_digest() == {CIRCUIT.digest: "off", FIRST.digest: "v"}
+    gate.registry.register("v", CIRCUIT)
+    with pytest.raises(CnaConfigError, match="'v' is that of a circuit"):
+        Admission(gate.config, gate.registry, gate.vectors)
+
+
 def test_the_registry_refuses_what_does_not_fit(tmp_path: Path) -> None:
     registry = VectorRegistry(SERVED)
     with pytest.raises(VectorError, match="do not fit 'served'"):

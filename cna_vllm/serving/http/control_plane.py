@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -26,17 +26,19 @@ from cna_vllm.serving.beneath import PathError, read_beneath
 from cna_vllm.serving.config import CnaConfigError
 from cna_vllm.serving.metrics import control_metrics
 from cna_vllm.serving.registry import Names
+from cna_vllm.serving.store import StoreError
 
 logger = logging.getLogger("vllm.cna")
+LIFE_SECONDS = 1.0  # between looks at whether the engine is alive, while a call is under way
 T = TypeVar("T")
 
 
 class ControlError(Exception):
-    """A change that was refused; nothing has changed.
+    """A change that was refused, or that the server cannot make; no name has changed.
 
     Attributes:
-        field: the field of the request at fault.
-        status: the HTTP status, a 4xx.
+        field: the field of the request at fault; ``cna`` where it is not the request's fault.
+        status: the HTTP status: a 4xx where the change was refused, 503 where it failed.
     """
 
     def __init__(self, field: str, problem: str, status: int = 400) -> None:
@@ -153,7 +155,8 @@ class ControlPlane:
         outcome = "failed"
         try:
             async with self._turn:
-                await asyncio.to_thread(lock.__enter__)
+                with _registry_io():
+                    await asyncio.to_thread(lock.__enter__)
                 try:
                     self._registry.names()  # what others wrote before it was our turn
                     yield
@@ -161,9 +164,10 @@ class ControlPlane:
                     await asyncio.to_thread(lock.__exit__, None, None, None)
             outcome = "done"
         except (ControlError, SteeringError) as error:
-            outcome = "refused"
+            if getattr(error, "status", 400) < 500:
+                outcome = "refused"
             logger.warning(
-                "cna action=%s %s outcome=refused reason=%r", action, subject, str(error)
+                "cna action=%s %s outcome=%s reason=%r", action, subject, outcome, str(error)
             )
             if isinstance(error, SteeringError):
                 raise ControlError(error.field, error.problem) from error
@@ -195,7 +199,7 @@ class ControlPlane:
     def _check_name(self, name: str, *, adapter: bool) -> None:
         field = "adapter_name" if adapter else "circuit_name"
         self._check_pinned(name, field)
-        _told(field, lambda: self._registry.check_free(name, adapter=adapter))
+        _told(field, lambda: self._gate.check_free(name, "adapter" if adapter else "circuit"))
         if self._models.is_base_model(name) or name in self._models.lora_requests:
             raise ControlError(field, f"{show(name)} is the name of a model or of a LoRA adapter")
 
@@ -221,9 +225,13 @@ class ControlPlane:
             store.write(self._registry.stored())
 
         try:
-            await asyncio.to_thread(write)
-        except OSError:
-            self._registry.refresh()  # back to what is on disk: it was not acknowledged
+            with _registry_io():
+                await asyncio.to_thread(write)
+        except ControlError:
+            with _registry_io():
+                self._registry.refresh()  # back to what is on disk: it was not acknowledged
+            if circuit is not None:
+                await self._retire(circuit)
             raise
 
     async def _retire(self, circuit: Circuit) -> None:
@@ -231,7 +239,32 @@ class ControlPlane:
             await self._rpc("cna_unload", circuit.digest)
 
     async def _rpc(self, method: str, *args: Any) -> Any:
-        return await self._engine.collective_rpc(method, args=args)
+        """One call of all workers. A call that an engine died on is never answered: left alone, it
+        would keep its client waiting, and the server from ending."""
+        call = asyncio.ensure_future(self._engine.collective_rpc(method, args=args))
+        try:
+            while not call.done() and not self._engine.errored:
+                await asyncio.wait({call}, timeout=LIFE_SECONDS)
+            if call.done() and (call.exception() is None or not self._engine.errored):
+                return call.result()
+        finally:
+            call.cancel()
+        raise ControlError(
+            "cna", "the engine has died and the server is ending; start it again", 503
+        )
+
+
+@contextmanager
+def _registry_io() -> Iterator[None]:
+    """What the registry directory does not allow is the operator's to mend and to read of, in the
+    log: clients learn no paths."""
+    try:
+        yield
+    except (OSError, StoreError) as error:
+        logger.error("cna: the registry directory cannot be used: %s", error)
+        raise ControlError(
+            "cna", "the server's registry cannot be read or written; ask its operator", 503
+        ) from error
 
 
 def _told(field: str, act: Callable[[], T]) -> T:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.datastructures import State
 
+    from cna_vllm.serving.admission import Admission
     from cna_vllm.serving.http.control_plane import ControlPlane
-    from cna_vllm.serving.registry import CircuitRegistry
 
 logger = logging.getLogger("vllm.cna")
 STATUS_SECONDS = 5.0
@@ -47,7 +47,8 @@ class CnaEndpoints:
         state.cna_control = None
         if gate is None:
             return
-        servers = engine_client.vllm_config.parallel_config._api_process_count
+        parallel = engine_client.vllm_config.parallel_config
+        servers = parallel._api_process_count
         if servers > 1 and gate.config.circuit_dir and gate.config.registry_dir is None:
             raise CnaConfigError(
                 f"{servers} API server processes that load circuits need cna.registry_dir, a "
@@ -56,15 +57,13 @@ class CnaEndpoints:
         control = ControlPlane(engine_client, state.openai_serving_models, gate)
         await control.reconcile()
         state.cna_control = control
-        # Kept by the state: a task that nothing refers to may vanish.
-        state.cna_status_task = asyncio.create_task(
-            read_counters(engine_client, control, gate.registry)
-        )
+        # /metrics adds up the counters of all API servers, and the workers' are the same for each.
+        if parallel._api_process_rank <= 0:
+            # Kept by the state: a task that nothing refers to may vanish.
+            state.cna_status_task = asyncio.create_task(read_counters(engine_client, control, gate))
 
 
-async def read_counters(
-    engine_client: Any, control: ControlPlane, registry: CircuitRegistry
-) -> None:
+async def read_counters(engine_client: Any, control: ControlPlane, gate: Admission) -> None:
     """Until the engine ends: workers count in their own processes, Prometheus asks this one."""
     from cna_vllm.serving.metrics import control_metrics
 
@@ -72,7 +71,7 @@ async def read_counters(
         await asyncio.sleep(STATUS_SECONDS)
         try:
             report = (await control.status())[0]
-            names = {c.digest: name for name, c in registry.circuits().items()}
+            names = gate.names_by_digest()
         except Exception as error:
             # The engine is ending or a change is half made: the next look tells.
             logger.warning("cna action=status outcome=failed reason=%r", str(error))

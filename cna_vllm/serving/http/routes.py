@@ -181,6 +181,6 @@ async def _answer(
 
 def _refusal(field: str, message: str, status: int) -> JSONResponse:
     """vLLM's own error object."""
-    kind = "NotFoundError" if status == 404 else "BadRequestError"
+    kind = {404: "NotFoundError", 503: "ServiceUnavailableError"}.get(status, "BadRequestError")
     body = {"message": message, "type": kind, "param": field, "code": status}
     return JSONResponse({"error": body}, status_code=status)

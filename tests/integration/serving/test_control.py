@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import json
+import time
+
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from tests import tiny_models
 from tests.integration.serving.deployment import Deployment, load, unload
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.xdist_group("serving")]
@@ -33,6 +38,35 @@ def test_control_is_seen_by_all_servers(deployed: Deployment) -> None:
     for _ in range(12):
         with deployed.server.http() as http:
             assert http.post("/v1/completions", json=body).status_code == 404
+
+
+def test_each_steered_token_is_counted_once(deployed: Deployment) -> None:
+    """Under its circuit's name, though two API servers ask the same workers."""
+    deployed.write_circuit("counted.json", 8)
+    fields = {"cna_circuit": "counted", "cna_multiplier": 0.5, "cna_scope": "all"}
+    body = {"model": "smollm2", "prompt": [5, 6, 7, 8, 9], "max_tokens": 4, "ignore_eos": True}
+    rows = 5 + 4 - 1  # the last generated token is never an input
+    with deployed.server.http() as http:
+
+        def counted(name: str) -> float:
+            for family in text_string_to_metric_families(http.get("/metrics").text):
+                for sample in family.samples:
+                    if sample.name == name and sample.labels.get("circuit") == "counted":
+                        return sample.value
+            return 0.0
+
+        assert load(http, "counted", "counted.json").status_code == 200
+        # The second look is a period of all servers' looks after the first.
+        for number in (1, 2):
+            reply = http.post("/v1/completions", json={**body, "vllm_xargs": fields})
+            assert reply.status_code == 200, reply.text
+            deadline = time.monotonic() + 60
+            while counted("cna:steered_tokens_total") < number * rows:
+                assert time.monotonic() < deadline, "the tokens were never counted"
+                time.sleep(0.5)
+            assert counted("cna:steered_tokens_total") == number * rows
+            assert counted("cna:steered_requests_total") == number
+        assert unload(http, "circuit", "counted").status_code == 200
 
 
 def test_isolation(deployed: Deployment) -> None:
@@ -64,6 +98,16 @@ def test_isolation(deployed: Deployment) -> None:
             assert reply.status_code == 400, path
             assert reply.json()["error"]["param"] == "circuit_path"
             assert str(deployed.folder) not in reply.text
+        channels = {0: (1, 2), 29: (1535,)}
+        for name, content, status in (
+            ("other.json", tiny_models.circuit_object(channels, 31, 1536), 400),
+            ("plain.json", channels, 200),
+        ):
+            (deployed.folder / "circuits" / name).write_text(json.dumps(content))
+            reply = load(http, "new", name)
+            assert reply.status_code == status and "'smollm2'" in reply.text.replace('"', "'")
+            assert deployed.subject.path not in reply.text + http.get("/v1/cna_circuits").text
+        assert unload(http, "circuit", "new").status_code == 200
         listed = http.get("/v1/cna_circuits").text + http.get("/v1/models").text
         assert str(deployed.folder) not in listed
         assert set(deployed.subject.files) == {

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Control actions of one API server: what fails leaves every name, row and file as it was."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cna_vllm.circuit import Circuit, Neuron
+from cna_vllm.serving.admission import Admission
+from cna_vllm.serving.config import CnaConfig
+from cna_vllm.serving.http.control_plane import ControlError, ControlPlane
+from cna_vllm.serving.registry import CircuitRegistry, ServedModel
+from cna_vllm.serving.store import RegistryStore
+from cna_vllm.serving.table import CircuitTable
+from cna_vllm.serving.vector_registry import ServedStream, VectorRegistry
+from cna_vllm.vectors import VectorSet
+
+LAYERS, WIDTH = 2, 64
+
+
+def circuit(index: int) -> Circuit:
+    return Circuit("m", "A", LAYERS, WIDTH, (Neuron(0, index, 0.5),))
+
+
+class Workers:
+    """A real resident table behind the one call that the control plane makes."""
+
+    def __init__(self) -> None:
+        self.table = CircuitTable(range(LAYERS), 0, WIDTH, 4, torch.device("cpu"))
+        self.errored = self.dying = False
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        if self.errored:
+            raise RuntimeError("EngineCore encountered an issue")
+        if self.dying:
+            self.errored = True
+            await asyncio.Event().wait()  # vLLM never answers a call that its engine died on
+        match method:
+            case "cna_load":
+                self.table.load(Circuit.from_dict(args[0]))
+                return [{"resident": self.table.resident(), "refused": None}]
+            case "cna_unload":
+                return [self.table.unload(args[0])]
+        raise AssertionError(method)
+
+
+class Models:
+    def __init__(self) -> None:
+        self.lora_requests: dict[str, Any] = {}
+
+    def is_base_model(self, name: str) -> bool:
+        return name == "base"
+
+
+class Plane(ControlPlane):
+    def __init__(self, folder: Path) -> None:
+        self.workers = Workers()
+        (folder / "circuits").mkdir()
+        for index in range(3):
+            circuit(index).save(folder / "circuits" / f"{index}.json")
+        config = CnaConfig(
+            circuit_dir=str(folder / "circuits"), registry_dir=str(folder / "r"), max_vectors=1
+        )
+        registry = CircuitRegistry.from_config(config, ServedModel("m", "A", LAYERS, WIDTH))
+        vectors = VectorRegistry(ServedStream("m", "A", LAYERS, 6))
+        vectors.register("caa", VectorSet("mlp", "m", "A", LAYERS, 6, {0: (1.0,) * 6}))
+        self.gate = Admission(config, registry, vectors)
+        super().__init__(self.workers, Models(), self.gate)
+
+
+@pytest.fixture
+def plane(tmp_path: Path) -> Plane:
+    return Plane(tmp_path)
+
+
+def refused(action: Any) -> ControlError:
+    with pytest.raises(ControlError) as error:
+        asyncio.run(action)
+    return error.value
+
+
+@pytest.mark.parametrize("name", ["caa", "base", "off"])
+def test_a_circuit_takes_no_name_of_another_kind(plane: Plane, name: str) -> None:
+    asyncio.run(plane.load_circuit("a", "0.json"))
+    asyncio.run(plane.load_adapter("off", {"circuit": "a", "multiplier": 0}))
+    error = refused(plane.load_circuit(name, "1.json"))
+    assert (error.field, error.status) == ("circuit_name", 400)
+    assert f"the name {name!r} is that of" in str(error) or "is the name of a model" in str(error)
+    assert set(plane.gate.registry.circuits()) == {"a"}
+    assert plane.workers.table.resident() == (circuit(0).digest,)
+
+
+def test_without_a_circuit_folder_nothing_is_loaded(plane: Plane) -> None:
+    plane.gate.config = replace(plane.gate.config, circuit_dir=None)
+    error = refused(plane.load_circuit("a", "0.json"))
+    assert (error.field, error.status) == ("circuit_path", 403)
+    assert plane.workers.table.resident() == ()
+
+
+def test_a_registry_that_cannot_be_written_changes_nothing(
+    plane: Plane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The reason and the folder are in the log only; the row is given back."""
+    asyncio.run(plane.load_circuit("a", "0.json"))
+
+    def full(self: RegistryStore, contents: Any) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "r" / "registry.json"))
+
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with monkeypatch.context() as patch:
+        patch.setattr(RegistryStore, "write", full)
+        for action in (
+            plane.load_circuit("b", "1.json"),
+            plane.load_circuit("a", "1.json", load_inplace=True),
+            plane.load_adapter("off", {"circuit": "a", "multiplier": 0}),
+            plane.unload_circuit("a"),
+        ):
+            error = refused(action)
+            assert (error.field, error.status) == ("cna", 503)
+            assert "ask its operator" in str(error) and str(tmp_path) not in str(error)
+            assert plane.gate.registry.circuits() == {"a": circuit(0)}
+            assert not plane.gate.registry.names().adapters
+            assert plane.workers.table.loaded() == (circuit(0).digest,)
+    assert "No space left on device" in caplog.text
+    asyncio.run(plane.load_circuit("a", "1.json", load_inplace=True))
+    assert plane.workers.table.loaded() == (circuit(1).digest,)
+
+
+@pytest.mark.parametrize("during", [False, True])
+def test_a_dead_engine_is_told_and_names_stay(plane: Plane, during: bool) -> None:
+    asyncio.run(plane.load_circuit("a", "0.json"))
+    plane.workers.errored, plane.workers.dying = not during, during
+    error = refused(plane.load_circuit("b", "1.json"))
+    assert (error.field, error.status) == ("cna", 503) and "engine has died" in str(error)
+    assert plane.gate.registry.circuits() == {"a": circuit(0)}
+
+
+def test_a_failure_of_a_living_engine_is_not_hidden(plane: Plane) -> None:
+    with pytest.raises(AssertionError, match="cna_status"):
+        asyncio.run(plane.status())
