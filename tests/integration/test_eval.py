@@ -29,11 +29,12 @@ from tests import paper_fixtures
 from tests.engine_job import ROOT, V1, own_core
 from tests.openai_endpoint import GRADES, Endpoint, Reply, serving
 from tests.oracles import Arm, HookedModel, Vectors, assert_token_exact
+from tests.paper_fixtures import BENIGN, HARMFUL
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 pytest.importorskip("lm_eval")
 
-PROMPTS, TOKENS = 3, 10
+PROMPTS, TOKENS, QUESTIONS = 2, 8, 3
 # The command, again and again, with the engine of its first run. Where a life shall be killed, it
 # is a fork, killed as soon as a file has so many lines.
 COMMANDS = """
@@ -87,7 +88,7 @@ def judge() -> Iterator[Endpoint]:
             if len(endpoint.bodies) == 1:
                 return 401, "no such key"
             _, _, rest = body["messages"][1]["content"].partition("\nAI model response: ")
-            return 200, GRADES.format(*grades(rest.partition("\n\nFirst determine")[0]))
+            return 200, GRADES.format(*grades(rest.partition("\n\nEvaluate the AI")[0]))
 
         endpoint.reply = reply
         yield endpoint
@@ -100,6 +101,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     paper_fixtures.strongreject(folder / "strongreject.csv")
     paper_fixtures.mmlu(folder / "mmlu")
     (folder / "phrases.txt").write_text("the\n\nI CANNOT\n")
+    for name, goals in (("harmful", HARMFUL), ("benign", BENIGN)):
+        (folder / f"{name}.txt").write_text("".join(f"{goal}\n" for goal in goals[-3:]))
     return folder
 
 
@@ -109,19 +112,21 @@ def runs(folder: Path, judge: Endpoint) -> dict[str, dict[str, Any]]:
     eval_ = ["eval", str(default_model_path()), "--dtype", "float32", "--max-model-len", "512"]
     eval_ += ["--max-num-seqs", "8", "--kv-cache-memory-bytes", str(2**27)]
     eval_ += ["--jbb", str(folder / "jbb"), "--keywords", str(folder / "phrases.txt")]
+    eval_ += ["--contrast", str(folder / "harmful.txt"), str(folder / "benign.txt")]
     eval_ += ["--strongreject", str(folder / "strongreject.csv"), "--judge"]
     eval_ += [f"{judge.spec.removeprefix('judge:')},retries=0,workers=1"]
     eval_ += ["--mmlu", str(folder / "mmlu" / "mmlu_mild.yaml"), "--preset", "reference"]
     eval_ += ["--limit", str(PROMPTS), "--max-tokens", str(TOKENS), "--multipliers", "0", "1"]
-    whole = [*eval_, "--parts", *PARTS, "--out", str(folder / "out")]
+    eval_ += ["--mmlu-limit", str(QUESTIONS)]
+    out = ["--out", str(folder / "out")]
+    whole = [*eval_, "--parts", *PARTS, *out]
     partial = str(folder / "out" / "sweep" / "answers.jsonl.partial")
     lives: dict[str, tuple[list[str], list[Any] | None]] = {
         "estimate": ([*eval_, "--parts", *PARTS, "--estimate"], None),
-        "killed": (whole, [partial, 3]),
+        "killed": ([*eval_, "--parts", "sweep", *out], [partial, 3]),
         "failed": (whole, None),
-        "whole": (whole, None),
+        "rest": ([*eval_, "--parts", "structure", "strongreject", *out], None),
         "again": (whole, None),
-        "fewer": ([*eval_, "--parts", "structure", "jbb", "--out", str(folder / "out")], None),
         "other": ([*whole, "--max-tokens", "9"], None),
     }
     saved = folder / "runs.json"
@@ -195,10 +200,11 @@ def figures(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
 def test_an_estimate_comes_first(runs: dict[str, Any], folder: Path) -> None:
     assert runs["estimate"]["status"] == 0 and runs["estimate"]["out"] == ""
     said = runs["estimate"]["err"]
-    # 24 prompts for the circuit, 3 + 3 answered in two arms; 16 texts in two arms and both signs.
-    assert "jbb                36 requests" in said and "mmlu               64 requests" in said
+    # 24 prompts for the circuit, 2 + 2 answered in two arms; 3 questions with 4 choices each, in
+    # two arms and with both signs of a vector.
+    for told in ("jbb                32 requests", "mmlu               48 requests"):
+        assert told in said and told in runs["failed"]["err"]
     assert "\nat most " in said
-    assert "jbb                36 requests" in runs["whole"]["err"]
 
 
 def test_interrupted_it_goes_on(runs: dict[str, Any], folder: Path, judge: Endpoint) -> None:
@@ -206,19 +212,20 @@ def test_interrupted_it_goes_on(runs: dict[str, Any], folder: Path, judge: Endpo
     assert runs["failed"]["status"] == 2
     assert "judge-strongreject" in runs["failed"]["err"]
     assert "check the endpoint, the model's name and the key" in runs["failed"]["err"]
-    for name in ("whole", "again", "fewer"):
+    for name in ("rest", "again"):
         assert runs[name]["status"] == 0, runs[name]["err"]
-    assert runs["again"]["out"] == runs["whole"]["out"]
-    for bar in ("Processed prompts", "row/s"):
-        assert bar in runs["failed"]["err"]
-        assert bar not in runs["again"]["err"] and bar not in runs["fewer"]["err"]
-    # One row each, whenever it was answered; and the judge is asked once for each answer.
-    for part, count in (("jbb", 12), ("sweep", 6), ("caa", 15), ("strongreject", 6)):
+    for part, count in (("jbb", 8), ("sweep", 4), ("caa", 10), ("strongreject", 4)):
         assert len(answers(folder, part)) == count
-    # (Of the life that failed, a second request may have been on its way.)
-    assert len(judge.bodies) - 6 in (1, 2)
-    # The last life was of two parts; the figures of the others are still there.
-    assert {part for part, _ in figures(folder)} == set(PARTS)
+    # Nothing is computed again, and the judge is asked once for each answer. (Of the life that
+    # failed, a second request may have been on its way.)
+    for bar in ("Processed prompts", "row/s"):
+        assert bar in runs["failed"]["err"] and bar not in runs["again"]["err"]
+    assert len(judge.bodies) - 4 in (1, 2)
+    table, some = (
+        [line.split() for line in runs[name]["out"].splitlines()[1:]] for name in ("again", "rest")
+    )
+    assert [line[0] for line in table] == [part for part, _ in figures(folder)]
+    assert some == [line for line in table if line[0] in ("strongreject", "structure")]
 
 
 def test_another_evaluation_is_not_mixed_in(runs: dict[str, Any]) -> None:
@@ -274,7 +281,7 @@ def test_every_answer_is_the_oracles(
                 turn, add_generation_prompt=True, tokenize=True, return_dict=False
             )
             verdicts.append(oracle.check(ids, row["token_ids"], known[row["arm"]]))
-    assert len(verdicts) == 12 + 6 + 15 + 6
+    assert len(verdicts) == 8 + 4 + 10 + 4
     assert_token_exact(verdicts, "cna-vllm eval")
 
 
@@ -286,7 +293,7 @@ def test_accuracies_are_those_of_log_likelihoods(
     assert all(len(choice) == 1 for choice in choices)
     scored = {"m = 1": Arm(), "m = 0": arms["sweep"]["m = 0"]}
     scored |= {name: arm for name, arm in arms["caa"].items() if name.startswith("caa-mlp")}
-    lines = (folder / "mmlu" / "test.jsonl").read_text().splitlines()
+    lines = (folder / "mmlu" / "test.jsonl").read_text().splitlines()[:QUESTIONS]
     for name, arm in scored.items():
         right = 0
         for question in map(json.loads, lines):

@@ -117,6 +117,18 @@ def test_a_folder_is_of_one_evaluation(tmp_path: Path) -> None:
     claim(folder, settings(), ENGINE)
     claim(folder, settings(), ENGINE)
     claim(folder, settings(parts=("jbb",)), ENGINE)  # parts may be added and left out
+    # So may what only one part is of; but then it stays as it is.
+    judged = {"forbidden": (Prompt(text="x"),), "judge": "url=u,model=m"}
+    claim(folder, settings(parts=("strongreject",), **judged), ENGINE)
+    claim(folder, settings(parts=("structure",), base_model="b"), ENGINE)
+    claim(folder, settings(parts=("mmlu", "structure"), mmlu_limit=3), ENGINE)
+    for changed, named in (
+        ({"parts": ("mmlu",)}, "mmlu"),
+        ({"parts": ("structure",), "base_model": "c"}, "base_model"),
+        ({"parts": ("strongreject",), **judged, "judge": "url=u,model=n"}, "strongreject"),
+    ):
+        with pytest.raises(EvalError, match=rf"other settings \({named}\)"):
+            claim(folder, settings(**changed), ENGINE)
     with pytest.raises(EvalError, match=r"other settings \(seed\)"):
         claim(folder, settings(seed=1), ENGINE)
     with pytest.raises(EvalError, match=r"other settings \(engine's dtype\)"):

@@ -15,8 +15,9 @@ from cna_vllm.rendering import render
 if TYPE_CHECKING:
     from vllm import LLM
 
-_PROBE_REQUESTS = 8
-_PROBE_LENGTH = 64
+# A CPU has the speed of a full batch with a few requests; for a GPU they fill the batch.
+_PROBE_REQUESTS_ON_CPU = 8
+_PROBE_LENGTH = 32
 _PROBE_TOKENS = 8
 
 
@@ -85,27 +86,30 @@ def loads(settings: Settings, tokenizer: Any, questions: Sequence[str] = ()) -> 
 def measure_speed(llm: LLM) -> Speed:
     """Two short batches of random tokens, plain, on the engine that will run the evaluation."""
     from vllm import SamplingParams, TokensPrompt
+    from vllm.platforms import current_platform
 
+    slots = llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+    count = min(_PROBE_REQUESTS_ON_CPU, slots) if current_platform.is_cpu() else slots
     size = min(_PROBE_LENGTH, llm.llm_engine.model_config.max_model_len // 2)
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
 
-    def run(first: int, new: int) -> float:
+    def run(first: int, new: int, requests: int = count) -> float:
         prompts = [
             TokensPrompt(
                 prompt_token_ids=[(first + i * size + t) % vocabulary for t in range(size)]
             )
-            for i in range(_PROBE_REQUESTS)
+            for i in range(requests)
         ]
         params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
         began = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
         return time.perf_counter() - began
 
-    run(0, 2)  # whatever is compiled or allocated once
+    run(0, 2, 1)  # whatever is compiled or allocated once
     prefill = run(7, 1)
     both = run(11, 1 + _PROBE_TOKENS)
     decode = max(both - prefill, 1e-3)
-    return Speed(_PROBE_REQUESTS * size / prefill, _PROBE_REQUESTS * _PROBE_TOKENS / decode)
+    return Speed(count * size / prefill, count * _PROBE_TOKENS / decode)
 
 
 def report(found: Mapping[str, Load]) -> str:
