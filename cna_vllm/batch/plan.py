@@ -107,7 +107,7 @@ def digests(requests: Iterable[Request]) -> dict[str, Any]:
     for index, group in itertools.groupby(requests, key=lambda request: request.index):
         rows = list(group)
         count += len(rows)
-        parts = {
+        parts: dict[str, list[Any]] = {
             "prompts": [[row.raw, row.prompt.to_dict()] for row in rows],
             "arms": [row.arm.to_dict() for row in rows],
             "sampling": [

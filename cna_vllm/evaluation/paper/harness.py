@@ -142,7 +142,8 @@ class Task:
         try:
             with quiet_hub():
                 for found in self._manager.load([self.name])["tasks"].values():
-                    if found.get_config("num_fewshot") != 0:  # as the harness itself has it
+                    own = found.get_config("num_fewshot")
+                    if own is None or (own and self.num_fewshot):  # as the harness itself has it
                         found.set_config(key="num_fewshot", value=self.num_fewshot or 0)
                     found.set_fewshot_seed(seed=_FEWSHOT_SEED)
                     found.build_all_requests(limit=self.limit, rank=0, world_size=1)

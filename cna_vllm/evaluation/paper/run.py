@@ -20,6 +20,7 @@ from cna_vllm.evaluation.paper.settings import PARTS, TOP, EvalError, Settings
 from cna_vllm.evaluation.paper.study import BASE_FILE, Study
 from cna_vllm.files import write_atomic
 from cna_vllm.models import resolve_model
+from cna_vllm.vectors import VectorError, check_residual
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
@@ -40,7 +41,9 @@ def discover_base(args: EngineArgs, settings: Settings, folder: Path) -> None:
     path = folder / BASE_FILE
     if path.exists() or settings.base_model is None:
         return
-    base = replace(args, model=resolve_model(settings.base_model), served_model_name=None)
+    # What names a version of the model, or its tokenizer, is not of its base.
+    own = dict.fromkeys(("revision", "tokenizer", "tokenizer_revision", "served_model_name"))
+    base = replace(args, model=resolve_model(settings.base_model), **own)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         pool.submit(_discover_base, base, settings).result().save(path)
 
@@ -52,13 +55,18 @@ def evaluate(study: Study, *, say: Callable[[str], None]) -> str:
     say: gets a line when a part begins.
 
     Raises:
-        EvalError: the base model's neurons are not this model's.
+        EvalError: the base model's neurons are not this model's, or caa is not possible on it.
     """
     import vllm
 
     settings = study.settings
     if "structure" in settings.parts:
         _check_base(study)
+    if "caa" in settings.parts:
+        try:
+            check_residual(study.llm.llm_engine.model_config.architectures[0])
+        except VectorError as error:
+            raise EvalError(f"--parts caa: {error}; leave caa out") from error
     path = study.folder / RESULT_FILE
     rows: dict[str, list[Row]] = {}
     if path.exists():

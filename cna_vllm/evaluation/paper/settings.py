@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ CONTRAST = 8  # prompts a side of the small circuit
 TOP = 200  # neurons of the structure part
 # The published experiments steer every position; `last` is the default everywhere else.
 SCOPE = "all"
+ONE_PART = ("mmlu", "strongreject", "base_model")  # keys of `Settings.identity`
 # Original CAA adds to one layer near the middle: 13 of Llama 2 7B's 32 (arXiv 2312.06681).
 CAA_LAYER = 13 / 32
 CAA_SIGNS = (1.0, -1.0)  # harmful less benign added, as in the reference's code, and subtracted
@@ -112,13 +113,23 @@ class Settings:
         return tuple(prompts[: self.limit])
 
     def identity(self) -> dict[str, Any]:
-        """JSON types; equal for two runs only if their results are of the same thing."""
-        prompts = ("harmful", "benign", "positive", "negative", "asked", "forbidden")
-        plain = {k: v for k, v in asdict(self).items() if k not in (*prompts, "parts")}
-        plain["multipliers"] = list(self.multipliers)
-        if self.keywords is not None:
-            plain["keywords"] = hashlib.sha256(Path(self.keywords).read_bytes()).hexdigest()
+        """JSON types; equal for two runs only if their results are of the same thing.
+
+        What only one part is of, `ONE_PART`, is None where that is no part, or nothing is given.
+        """
+        plain = ("model", "preset", "limit", "max_tokens", "seed")
+        prompts = ("harmful", "benign", "positive", "negative", "asked")
+        mmlu, judged, base = (part in self.parts for part in ("mmlu", "strongreject", "structure"))
         return {
-            **plain,
+            **{name: getattr(self, name) for name in plain},
             **{name: prompts_digest(getattr(self, name)) for name in prompts},
+            "multipliers": list(self.multipliers),
+            "keywords": self.keywords and _file_digest(self.keywords),
+            "mmlu": [self.mmlu_task, self.mmlu_limit, self.mmlu_fewshot] if mmlu else None,
+            "strongreject": [self.judge, prompts_digest(self.forbidden)] if judged else None,
+            "base_model": self.base_model if base else None,
         }
+
+
+def _file_digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -20,7 +20,7 @@ from cna_vllm.evaluation.answers import PromptSet, collect, read_rows
 from cna_vllm.evaluation.folder import ANSWERS, REPORT, RESULT, answered, batch_identity
 from cna_vllm.evaluation.outcomes import Analysis
 from cna_vllm.evaluation.paper.rows import Row
-from cna_vllm.evaluation.paper.settings import EvalError, Settings
+from cna_vllm.evaluation.paper.settings import ONE_PART, EvalError, Settings
 from cna_vllm.evaluation.report import write_report
 from cna_vllm.evaluation.result import Result, load
 from cna_vllm.files import write_atomic
@@ -225,7 +225,7 @@ class Study:
 
 
 def claim(folder: Path, settings: Settings, engine: Mapping[str, Any]) -> None:
-    """Makes the folder this evaluation's, or finds that it already is.
+    """Makes the folder this evaluation's, or finds that it already is. Parts may come later.
 
     engine: what of it decides the answers.
 
@@ -236,20 +236,21 @@ def claim(folder: Path, settings: Settings, engine: Mapping[str, Any]) -> None:
     path = folder / SETTINGS_FILE
     of_engine = {f"engine's {name}": value for name, value in engine.items()}
     mine = json.loads(json.dumps({**settings.identity(), **of_engine}))
-    if not path.exists():
-        if any(folder.iterdir()):
-            raise EvalError(f"--out {folder}: is not empty and no evaluation; name a new folder")
-        write_atomic(path, [json.dumps(mine, indent=1) + "\n"])
-        return
-    try:
-        theirs: Mapping[str, Any] = json.loads(path.read_text("utf-8"))
-        differing = sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k))
-    except (ValueError, AttributeError) as error:
-        raise EvalError(
-            f"--out {folder}: {SETTINGS_FILE} cannot be read; name a new folder"
-        ) from error
-    if differing:
-        raise EvalError(
-            f"--out {folder}: holds an evaluation with other settings ({', '.join(differing)}); "
-            "name a new folder"
-        )
+    if path.exists():
+        try:
+            theirs: Mapping[str, Any] = json.loads(path.read_text("utf-8"))
+            mine |= {k: theirs.get(k) for k in ONE_PART if mine[k] is None}
+        except (ValueError, AttributeError) as error:
+            raise EvalError(
+                f"--out {folder}: {SETTINGS_FILE} cannot be read; name a new folder"
+            ) from error
+        differing = {k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k)}
+        differing -= {k for k in ONE_PART if theirs.get(k) is None}
+        if differing:
+            raise EvalError(
+                f"--out {folder}: holds an evaluation with other settings "
+                f"({', '.join(sorted(differing))}); name a new folder"
+            )
+    elif any(folder.iterdir()):
+        raise EvalError(f"--out {folder}: is not empty and no evaluation; name a new folder")
+    write_atomic(path, [json.dumps(mine, indent=1) + "\n"])
