@@ -16,6 +16,8 @@ from cna_vllm.evaluation.paper.study import PLAIN, Figures, Study
 from cna_vllm.evaluation.statistics import wilson
 
 QUALITY = "quality-3"
+# The published baseline adds harmful minus benign, at every layer and position.
+_PUBLISHED_CAA = (("caa-mlp", 1.0),)
 
 
 def jbb(study: Study) -> list[Row]:
@@ -66,8 +68,7 @@ def caa(study: Study) -> list[Row]:
     known = _known(study)
     rows = []
     for arm in arms:
-        # The published baseline adds harmful minus benign, at every layer and position.
-        theirs = known if arm.vectors == (("caa-mlp", 1.0),) else None
+        theirs = known if arm.vectors == _PUBLISHED_CAA else None
         refusal = None if theirs is None else theirs.caa_refusal
         quality = None if theirs is None else theirs.caa_quality
         rows += [
@@ -91,7 +92,7 @@ def mmlu(study: Study) -> list[Row]:
         found = study.kept(f"mmlu/{name}.json", partial(study.task.accuracy, study.llm, arm))
         value, n = found["accuracy"], found["n"]
         low, high = wilson(round(value * n), n)
-        near = (published.CAA_MMLU, "near") if arm.vectors else (None, "")
+        near = (published.CAA_MMLU, "near") if arm.vectors == _PUBLISHED_CAA else (None, "")
         rows.append(Row("mmlu", f"accuracy, {arm.name}", value, low, high, n, *near))
         if arm.dose == 1.0:
             plain = value
