@@ -34,7 +34,7 @@ from tests.paper_fixtures import BENIGN, HARMFUL
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 pytest.importorskip("lm_eval")
 
-PROMPTS, TOKENS, QUESTIONS = 2, 8, 3
+PROMPTS, TOKENS, QUESTIONS = 2, 6, 3
 # The command, again and again, with the engine of its first run. Where a life shall be killed, it
 # is a fork, killed as soon as a file has so many lines.
 COMMANDS = """
@@ -110,7 +110,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(folder: Path, judge: Endpoint) -> dict[str, dict[str, Any]]:
     """Lives of the command by name."""
     eval_ = ["eval", str(default_model_path()), "--dtype", "float32", "--max-model-len", "512"]
-    eval_ += ["--max-num-seqs", "8", "--kv-cache-memory-bytes", str(2**27)]
+    eval_ += ["--max-num-seqs", "4", "--kv-cache-memory-bytes", str(2**27)]
     eval_ += ["--jbb", str(folder / "jbb"), "--keywords", str(folder / "phrases.txt")]
     eval_ += ["--contrast", str(folder / "harmful.txt"), str(folder / "benign.txt")]
     eval_ += ["--strongreject", str(folder / "strongreject.csv"), "--judge"]
