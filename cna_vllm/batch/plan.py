@@ -8,6 +8,7 @@ prefix that they share once.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,18 +95,31 @@ def plan(
 
 
 def digests(requests: Iterable[Request]) -> dict[str, Any]:
-    """What the rows of a run are: their number, and a SHA-256 each of three parts of them all."""
-    hashes = {part: hashlib.sha256() for part in ("prompts", "arms", "sampling")}
+    """What the rows of a `plan` are: their number, and a SHA-256 each of four parts of them.
+
+    A prompt's rows are all of its arms with all of its samplings, so each of these is taken once a
+    prompt; arms and samplings only where they are not those of the prompt before. Thus a run with
+    an arm more differs in its arms and its number of rows, and in nothing else.
+    """
+    hashes = {part: hashlib.sha256() for part in ("prompts", "arms", "sampling", "seeds")}
+    before: dict[str, list[str]] = {}
     count = 0
-    for request in requests:
-        count += 1
-        parts = {
-            "prompts": [request.index, request.raw, request.prompt.to_dict()],
-            "arms": request.arm.to_dict(),
-            "sampling": [request.sample, request.sampling],
+    for index, group in itertools.groupby(requests, key=lambda request: request.index):
+        rows = list(group)
+        count += len(rows)
+        parts: dict[str, list[Any]] = {
+            "prompts": [[row.raw, row.prompt.to_dict()] for row in rows],
+            "arms": [row.arm.to_dict() for row in rows],
+            "sampling": [
+                [row.sample, {k: v for k, v in row.sampling.items() if k != "seed"}] for row in rows
+            ],
+            "seeds": [row.sampling.get("seed") for row in rows],
         }
-        for part, value in parts.items():
-            hashes[part].update(json.dumps(value, sort_keys=True).encode("ascii") + b"\n")
+        for part, values in parts.items():
+            texts = list(dict.fromkeys(json.dumps(value, sort_keys=True) for value in values))
+            if before.get(part) != texts:
+                hashes[part].update("\n".join([str(index), *texts, ""]).encode("ascii"))
+            before[part] = texts
     return {"rows": count} | {part: whole.hexdigest() for part, whole in hashes.items()}
 
 

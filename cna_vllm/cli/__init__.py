@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "answer every prompt under every multiplier",
     "serve": "vLLM's OpenAI server, with circuits and adapters",
     "ab": "compare arms on the same prompts, with statistics and a report",
+    "eval": "the paper's evaluations on one model, beside the published figures",
     "bake": "write a checkpoint with a circuit in effect, for engines without the plugin",
     "demo": "the whole story on a small real model",
     "doctor": "what works on this machine, and why not",

@@ -4,14 +4,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from cna_vllm.cli.options import OptionParser, positive_int
+from cna_vllm.cli.options import OptionParser, UsageError, positive_int
+from cna_vllm.evaluation.metrics import load_metric
 from cna_vllm.evaluation.paper.datasets import JBB_HUB, read_jbb, read_strongreject
-from cna_vllm.evaluation.paper.settings import CONTRAST, PARTS, PRESETS, EvalError, Settings
-from cna_vllm.prompts import Prompt, read_prompts
+from cna_vllm.evaluation.paper.estimate import durations, loads, measure_speed, report
+from cna_vllm.evaluation.paper.settings import CONTRAST, PARTS, PRESETS, Settings
+from cna_vllm.prompts import read_prompts
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from cna_vllm.evaluation.paper.harness import Task
 
 _DEFAULT_PARTS = ("jbb", "sweep", "caa", "mmlu", "structure")
 _STRENGTHS = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -19,76 +27,108 @@ _STRENGTHS = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 def run(argv: list[str]) -> int:
     options, rest = _parser().split(argv)
-    if "mmlu" in options.parts:
-        _need_harness()
+    if options.out is None and not options.estimate:
+        raise UsageError("--out DIR is missing; see cna-vllm eval --help")
+    inputs = _inputs(options)
 
-    from cna_vllm.cli.engine_args import parse_engine_args
+    from cna_vllm.cli.batch_run import engine_identity
+    from cna_vllm.cli.engine_args import add_section, launch, parse_engine_args
 
     args = parse_engine_args("eval", rest)
-    settings = _settings(
-        options, Path(args.model).name if Path(args.model).is_dir() else args.model
-    )
+    model = Path(args.model).name if Path(args.model).is_dir() else args.model
+    settings = Settings(model=model, **inputs)
     if settings.judge is not None:
-        from cna_vllm.evaluation.metrics import load_metric
-
         load_metric(f"judge:{settings.judge}")
+    task = _task(settings)
+    work = loads(settings, _tokenizer(args), () if task is None else task.texts())
+    _say(report(work))
 
-    from cna_vllm.evaluation.paper.run import claim, discover_base, evaluate, start
+    from cna_vllm.evaluation.paper.run import discover_base, evaluate, section
+    from cna_vllm.evaluation.paper.study import Study, claim
 
-    folder = Path(options.out)
-    claim(folder, settings)
-    if settings.base_model is not None and "structure" in settings.parts:
-        _say(f"finding the base model's circuit: {settings.base_model}")
-        discover_base(args, settings, folder)
-    llm = start(args, settings)
-    from cna_vllm.evaluation.paper.estimate import loads, measure_speed, report
-
-    _say(report(loads(settings, llm.get_tokenizer()), measure_speed(llm)))
+    identity = engine_identity(args)
+    if not options.estimate:
+        claim(Path(options.out), settings, identity)
+        if settings.base_model is not None and "structure" in settings.parts:
+            _say(f"the base model's circuit: {settings.base_model}")
+            discover_base(args, settings, Path(options.out))
+    add_section(args, section(settings))
+    if task is not None:
+        _compile_nothing_on_cpu(args)
+    llm = launch(args)
+    _say(durations(work, measure_speed(llm)))
     if options.estimate:
         return 0
-    print(evaluate(llm, settings, folder, say=_say))
-    _say(f"all figures in {folder / 'eval.json'}")
+    print(evaluate(Study(llm, settings, Path(options.out), identity, task), say=_say))
+    _say(f"all figures are in {Path(options.out) / 'eval.json'}, answers and reports beside it")
     return 0
 
 
-def _settings(options: argparse.Namespace, model: str) -> Settings:
+def _inputs(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields of the settings, but for the model: what can be told to be wrong without vLLM."""
     behaviors = read_jbb(options.jbb)
     if options.contrast is None:
         positive = behaviors.harmful[:CONTRAST]
         negative = behaviors.benign[:CONTRAST]
     else:
         positive, negative = (tuple(read_prompts(path)) for path in options.contrast)
-    forbidden: Sequence[Prompt] = ()
-    if options.strongreject is not None:
-        forbidden = read_strongreject(options.strongreject)
-    return Settings(
-        model=model,
-        parts=tuple(part for part in PARTS if part in options.parts),
-        preset=options.preset,
-        multipliers=tuple(dict.fromkeys(options.multipliers)),
-        harmful=behaviors.harmful,
-        benign=behaviors.benign,
-        positive=positive,
-        negative=negative,
-        forbidden=tuple(forbidden),
-        judge=options.judge,
-        mmlu_task=options.mmlu,
-        mmlu_limit=options.mmlu_limit,
-        mmlu_fewshot=options.mmlu_fewshot,
-        base_model=options.base_model,
-        limit=options.limit,
-        max_tokens=options.max_tokens,
-        seed=options.seed,
+    if options.keywords is not None:
+        load_metric(f"refusal_keywords:phrases={options.keywords}")
+    asked, forbidden = options.sweep_prompts, options.strongreject
+    given = {
+        "parts": tuple(part for part in PARTS if part in options.parts),
+        "preset": options.preset,
+        "multipliers": tuple(dict.fromkeys(options.multipliers)),
+        "harmful": behaviors.harmful,
+        "benign": behaviors.benign,
+        "positive": positive,
+        "negative": negative,
+        "asked": () if asked is None else tuple(read_prompts(asked)),
+        "forbidden": () if forbidden is None else read_strongreject(forbidden),
+        "keywords": options.keywords,
+        "judge": options.judge,
+        "mmlu_task": options.mmlu,
+        "mmlu_limit": options.mmlu_limit,
+        "mmlu_fewshot": options.mmlu_fewshot,
+        "base_model": options.base_model,
+        "limit": options.limit,
+        "max_tokens": options.max_tokens,
+        "seed": options.seed,
+    }
+    Settings(model="", **given)  # raises EvalError
+    return given
+
+
+def _task(settings: Settings) -> Task | None:
+    if "mmlu" not in settings.parts:
+        return None
+    try:
+        from cna_vllm.evaluation.paper.harness import Task
+    except ImportError as error:
+        raise UsageError(
+            f"--parts mmlu: needs {error.name}: pip install 'cna-vllm[eval]'"
+        ) from error
+    return Task(settings.mmlu_task, num_fewshot=settings.mmlu_fewshot, limit=settings.mmlu_limit)
+
+
+def _tokenizer(args: EngineArgs) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        args.tokenizer or args.model,
+        revision=args.tokenizer_revision or args.revision,
+        trust_remote_code=args.trust_remote_code,
     )
 
 
-def _need_harness() -> None:
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise EvalError(
-            "--parts mmlu: needs lm-evaluation-harness: pip install 'cna-vllm[eval]'"
-        ) from error
+def _compile_nothing_on_cpu(args: EngineArgs) -> None:
+    """vLLM compiles one small function for prompt log-probabilities, eager or not: most of a
+    minute on a CPU, where it gains nothing. Its workers there are processes that start anew, and
+    PyTorch reads the variable when they do."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and args.enforce_eager:
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 
 def _parser() -> OptionParser:
@@ -99,7 +139,7 @@ def _parser() -> OptionParser:
         model="MODEL",
     )
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="new folder, or one to go on with"
+        "--out", metavar="DIR", help="new folder, or one to go on with after an interruption"
     )
     parser.add_argument(
         "--parts",
@@ -119,7 +159,11 @@ def _parser() -> OptionParser:
         "--multipliers", nargs="+", type=float, default=_STRENGTHS, metavar="M", help="of the sweep"
     )
     parser.add_argument(
-        "--jbb", default=JBB_HUB, metavar="SOURCE", help=f"hub id or folder (default: {JBB_HUB})"
+        "--jbb",
+        default=JBB_HUB,
+        metavar="SOURCE",
+        help="hub id, or folder with harmful-behaviors.csv and benign-behaviors.csv, both with a "
+        f"column Goal (default: {JBB_HUB})",
     )
     parser.add_argument(
         "--contrast",
@@ -129,12 +173,26 @@ def _parser() -> OptionParser:
         f"(default: the first {CONTRAST} harmful and benign prompts of JBB-Behaviors)",
     )
     parser.add_argument(
+        "--sweep-prompts",
+        metavar="FILE",
+        help="prompts of sweep and caa (default: the harmful ones of JBB-Behaviors that are not "
+        "in the contrast)",
+    )
+    parser.add_argument(
+        "--keywords",
+        metavar="FILE",
+        help="phrases of the keyword rule of refusal, one a line (default: those of GCG and "
+        "AutoDAN)",
+    )
+    parser.add_argument(
         "--strongreject", metavar="SOURCE", help="the published CSV file, or REPOSITORY:FILE"
     )
     parser.add_argument(
         "--judge", metavar="url=...,model=...", help="options of the judge metric, for strongreject"
     )
-    parser.add_argument("--base-model", metavar="MODEL", help="for structure")
+    parser.add_argument(
+        "--base-model", metavar="MODEL", help="for structure: the model before instruction tuning"
+    )
     parser.add_argument(
         "--mmlu",
         default="mmlu",
@@ -142,10 +200,28 @@ def _parser() -> OptionParser:
         help="a task of lm-evaluation-harness, or its YAML file (default: mmlu)",
     )
     parser.add_argument("--mmlu-limit", type=positive_int, metavar="N", help="questions a task")
-    parser.add_argument("--mmlu-fewshot", type=int, metavar="N", help="default: the task's own")
-    parser.add_argument("--limit", type=positive_int, metavar="N", help="prompts a set")
-    parser.add_argument("--max-tokens", type=positive_int, default=150, metavar="N")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--mmlu-fewshot",
+        type=positive_int,
+        metavar="N",
+        help="examples before each question (default: the task's own number; of mmlu, 0)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=positive_int,
+        metavar="N",
+        help="prompts of each set that are answered (default: all)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=positive_int,
+        default=150,
+        metavar="N",
+        help="of an answer (default: 150)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the bootstrap (default: 0)"
+    )
     parser.add_argument(
         "--estimate", action="store_true", help="tell requests, tokens and time, then stop"
     )

@@ -190,8 +190,8 @@ def test_run_again_nothing_is_answered_again(runs: list[dict[str, Any]], folder:
 
 def test_another_test_is_not_mixed_in(runs: list[dict[str, Any]]) -> None:
     assert runs[3]["status"] == 2
-    assert "holds a test with other settings (rows, " in runs[3]["err"]
-    assert "sampling); name another folder, or add --restart" in runs[3]["err"]
+    named = "holds a test with other settings (rows, sampling, seeds); name another folder, or add"
+    assert named in runs[3]["err"]
     assert runs[4]["status"] == 0, runs[4]["err"]
 
 

@@ -16,6 +16,7 @@ from cna_vllm.batch.reading import BatchPrompt
 from cna_vllm.prompts import Prompt, PromptError
 
 ARMS = [parse_arm("plain"), parse_arm("off=f@0"), parse_arm("f@2:all")]
+GREEDY = {"temperature": 0.0}
 SAMPLED = {"temperature": 0.7, "max_tokens": 4}
 
 
@@ -122,10 +123,8 @@ def test_digests_tell_apart_what_differs() -> None:
             plan([Prompt("a"), Prompt("b")], ARMS[::-1], SAMPLED),
             plan([Prompt("a"), Prompt("b")], [*ARMS[:2], parse_arm("f@2")], SAMPLED),
         ],
-        "sampling": [
-            plan([Prompt("a"), Prompt("b")], ARMS, SAMPLED | {"seed": 1}),
-            plan([Prompt("a"), Prompt("b")], ARMS, SAMPLED | {"top_k": 1}),
-        ],
+        "sampling": [plan([Prompt("a"), Prompt("b")], ARMS, SAMPLED | {"top_k": 1})],
+        "seeds": [plan([Prompt("a"), Prompt("b")], ARMS, SAMPLED | {"seed": 1})],
     }
     for part, plans in others.items():
         for rows in plans:
@@ -133,3 +132,34 @@ def test_digests_tell_apart_what_differs() -> None:
             assert changed == {part}
     every = [digests(rows)[part] for part, plans in others.items() for rows in plans]
     assert all(a != b for a, b in pairwise(every))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "arms", "samples", "changed"),
+    [
+        ("abc", ARMS, 1, {"rows", "prompts"}),
+        ("ab", [*ARMS, parse_arm("f@2")], 1, {"rows", "arms"}),
+        ("ab", ARMS, 2, {"rows", "sampling", "seeds"}),
+        ("abc", ARMS, 2, {"rows", "prompts", "sampling", "seeds"}),
+    ],
+)
+def test_digests_name_what_was_changed_and_no_more(
+    prompts: str, arms: list[Arm], samples: int, changed: set[str]
+) -> None:
+    def found(prompts: str, arms: list[Arm], samples: int) -> dict[str, Any]:
+        fields = GREEDY if samples == 1 else SAMPLED
+        return digests(plan([Prompt(text) for text in prompts], arms, fields, samples=samples))
+
+    whole = found("ab", ARMS, 1)
+    other = found(prompts, arms, samples)
+    assert {name for name in whole if whole[name] != other[name]} == changed
+
+
+def test_where_arms_change_is_part_of_the_digest() -> None:
+    arm = parse_arm("f@2")
+
+    def found(*own: str) -> dict[str, Any]:
+        prompts = [BatchPrompt(p, arm=arm if p in own else None) for p in "abcd"]
+        return digests(plan(prompts, ARMS[:1], GREEDY))
+
+    assert found("b")["arms"] != found("c")["arms"] != found("b", "c")["arms"]

@@ -205,5 +205,5 @@ def test_an_engine_in_use_and_another_run_are_refused(tokenizer: Any, tmp_path: 
         run(tokenizer, Engine(interrupt=stop), rows, tmp_path / "o", model="a")
     with pytest.raises(BatchError, match=r'\(model: "a" then, "b" now\)'):
         run(tokenizer, Engine(), rows, tmp_path / "o", model="b")
-    with pytest.raises(BatchError, match=r"\(rows: 32 then, 4 now, prompts, arms, sampling\)"):
+    with pytest.raises(BatchError, match=r"\(rows: 32 then, 4 now, prompts, seeds\)"):
         rows_done(rows_of(1), tmp_path / "o", {"model": "a"})

@@ -36,7 +36,7 @@ def test_stays_light(code: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["inspect", "compare", "discover", "generate", "bake", "demo", "doctor"]
+    "command", ["inspect", "compare", "discover", "generate", "bake", "demo", "doctor", "eval"]
 )
 def test_help_of_a_command_stays_light(command: str) -> None:
     code = (

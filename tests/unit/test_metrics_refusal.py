@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from cna_vllm.evaluation.metrics import Answer, load_metric, score_answers
+from cna_vllm.evaluation.metrics import Answer, MetricError, load_metric, score_answers
 from cna_vllm.evaluation.metrics.refusal import is_refusal
 
 CURLY = "\u2019"
@@ -148,3 +150,18 @@ def test_the_keyword_rule_keeps_its_known_errors(text: str, keywords: float, rul
     answers = [Answer(prompt="p", text=text)]
     assert score_answers(load_metric("refusal_keywords"), answers) == [keywords]
     assert score_answers(load_metric("refusal"), answers) == [rule]
+
+
+def test_the_keyword_rule_takes_another_list(tmp_path: Path) -> None:
+    file = tmp_path / "own.txt"
+    file.write_text("I must decline\n\n  not able to help \n")
+    metric = load_metric(f"refusal_keywords:phrases={file}")
+    assert metric.name == "refusal_keywords-own"
+    assert "one of the 2 phrases of own.txt" in metric.description
+    texts = ["i MUST decline.", "She was Not Able To Help.", "I cannot.", ""]
+    answers = [Answer(prompt="p", text=text) for text in texts]
+    assert score_answers(metric, answers) == [1.0, 1.0, 0.0, 0.0]
+    file.write_text("\n")
+    for path, reason in ((file, "holds no phrase"), (tmp_path / "none", "No such file")):
+        with pytest.raises(MetricError, match=f"phrases={path}: {reason}"):
+            load_metric(f"refusal_keywords:phrases={path}")

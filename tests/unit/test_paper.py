@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 
+from cna_vllm.cli import main
 from cna_vllm.evaluation.paper.datasets import read_jbb, read_strongreject
-from cna_vllm.evaluation.paper.published import published
-from cna_vllm.evaluation.paper.rows import Row, table
+from cna_vllm.evaluation.paper.published import compliance_gain, published
+from cna_vllm.evaluation.paper.rows import Row, notes, table
 from cna_vllm.evaluation.paper.settings import EvalError, Settings
 from cna_vllm.evaluation.paper.study import claim
 from cna_vllm.prompts import Prompt, PromptError
 from tests import paper_fixtures
+
+ENGINE = {"dtype": "float32"}
 
 
 def settings(**given: Any) -> Settings:
@@ -87,7 +90,10 @@ def test_published_rows_are_of_instruct_models(model: str, row: str | None) -> N
         ({"parts": ("nothing",)}, "--parts"),
         ({"parts": ()}, "--parts"),
         ({"preset": "own"}, "--preset"),
-        ({"multipliers": (float("nan"),)}, "--multipliers"),
+        ({"multipliers": (1.0, float("nan"))}, "--multipliers: must be finite"),
+        ({"multipliers": (0.0, 0.5)}, "--multipliers: name 1, the plain model"),
+        ({"multipliers": (1.0,)}, "at least one other"),
+        ({"multipliers": (1.0, 0.1234567, 0.1234568)}, "equal in their first six digits"),
         ({"parts": ("strongreject",)}, "--strongreject"),
         ({"positive": tuple(Prompt(text=f"harmful {i}") for i in range(4))}, "--contrast"),
     ],
@@ -100,18 +106,42 @@ def test_settings_that_cannot_run_name_the_option(given: dict[str, Any], named: 
 def test_the_sweep_leaves_out_what_its_circuit_was_found_on() -> None:
     assert [p.text for p in settings().sweep_prompts] == ["harmful 1", "harmful 2", "harmful 3"]
     assert len(settings(limit=2).sweep_prompts) == 2
+    asked = (Prompt(text="own"), *settings().positive)
+    assert settings(asked=asked).sweep_prompts == asked
+    # Without a part that asks them, a contrast may hold them all.
+    assert settings(parts=("structure",), positive=settings().harmful).sweep_prompts == ()
 
 
 def test_a_folder_is_of_one_evaluation(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    claim(folder, settings())
-    claim(folder, settings())
-    claim(folder, settings(parts=("jbb",)))  # parts may be added and left out
+    claim(folder, settings(), ENGINE)
+    claim(folder, settings(), ENGINE)
+    claim(folder, settings(parts=("jbb",)), ENGINE)  # parts may be added and left out
+    # So may what only one part is of; but then it stays as it is.
+    judged = {"forbidden": (Prompt(text="x"),), "judge": "url=u,model=m"}
+    claim(folder, settings(parts=("strongreject",), **judged), ENGINE)
+    claim(folder, settings(parts=("structure",), base_model="b"), ENGINE)
+    claim(folder, settings(parts=("mmlu", "structure"), mmlu_limit=3), ENGINE)
+    for changed, named in (
+        ({"parts": ("mmlu",)}, "mmlu"),
+        ({"parts": ("structure",), "base_model": "c"}, "base_model"),
+        ({"parts": ("strongreject",), **judged, "judge": "url=u,model=n"}, "strongreject"),
+    ):
+        with pytest.raises(EvalError, match=rf"other settings \({named}\)"):
+            claim(folder, settings(**changed), ENGINE)
     with pytest.raises(EvalError, match=r"other settings \(seed\)"):
-        claim(folder, settings(seed=1))
+        claim(folder, settings(seed=1), ENGINE)
+    with pytest.raises(EvalError, match=r"other settings \(engine's dtype\)"):
+        claim(folder, settings(), {"dtype": "bfloat16"})
+    phrases = tmp_path / "phrases.txt"
+    phrases.write_text("i cannot")
+    claim(tmp_path / "own", settings(keywords=str(phrases)), ENGINE)
+    phrases.write_text("i can not")
+    with pytest.raises(EvalError, match=r"other settings \(keywords\)"):
+        claim(tmp_path / "own", settings(keywords=str(phrases)), ENGINE)
     (tmp_path / "file").write_text("x")
     with pytest.raises(EvalError, match="not empty"):
-        claim(tmp_path, settings())
+        claim(tmp_path, settings(), ENGINE)
 
 
 def test_deltas_are_of_values_and_not_of_bounds() -> None:
@@ -125,3 +155,60 @@ def test_deltas_are_of_values_and_not_of_bounds() -> None:
     shown = "jbb refusal 0.500 0.400 to 0.600 100 0.340 +0.160"
     assert " ".join(lines[1].split()) == shown
     assert "> 0.970" in lines[2]
+    assert notes([value, bound, nothing]) == []
+
+
+def test_figures_of_other_prompts_are_shown_without_a_delta() -> None:
+    row = Row("sweep", "refusal", 0.5, n=99, published=0.2, bound="~")
+    assert row.delta is None and "~ 0.200" in table([row])
+    assert [note[:2] for note in notes([row])] == ["~:"]
+
+
+def test_compliance_rises_by_a_familys_average() -> None:
+    assert compliance_gain(published("Qwen/Qwen2.5-7B-Instruct")) == 0.31
+    assert compliance_gain(published("meta-llama/Llama-3.2-1B-Instruct")) == 0.06
+    assert compliance_gain(None) is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["m", "--jbb", "JBB"], "--out DIR is missing"),
+        (["m", "--out", "o", "--parts", "nothing"], "invalid choice: 'nothing'"),
+        (["m", "--out", "o", "--jbb", "JBB", "--multipliers", "0.5"], "name 1, the plain model"),
+        (["m", "--out", "o", "--jbb", "nowhere/at/all"], "neither a folder nor a data set's hub"),
+        (["m", "--out", "o", "--jbb", "JBB", "--limit", "0"], "whole number of at least 1"),
+        (["m", "--out", "o", "--jbb", "JBB", "--keywords", "none.txt"], "phrases=none.txt"),
+        (["m", "--out", "o", "--jbb", "JBB", "--contrast", "a.txt", "b.txt"], "a.txt: cannot be"),
+        (["m", "--out", "o", "--jbb", "JBB", "--parts", "strongreject"], "needs --strongreject"),
+    ],
+)
+def test_a_bad_command_line_is_told_without_vllm(
+    argv: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(paper_fixtures.jbb(tmp_path / "jbb"))
+    assert main(["eval", *(folder if word == "JBB" else word for word in argv)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cna-vllm: error: ") and named in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_tasks_of_the_harness_that_cannot_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    from cna_vllm.evaluation.paper.harness import HarnessError, Task
+
+    with pytest.raises(HarnessError, match="no such file"):
+        Task(str(tmp_path / "none.yaml"))
+    file = paper_fixtures.mmlu(tmp_path / "mmlu")
+    texts = Task(str(file), limit=2).texts()
+    assert len(texts) == 8 and texts[0].endswith("Answer: A")
+    other = file.rename(file.with_name("other.yaml"))
+    with pytest.raises(HarnessError, match="must equal its field 'task'"):
+        Task(str(other))
+    other.rename(file)
+    (tmp_path / "mmlu" / "test.jsonl").unlink()
+    with pytest.raises(HarnessError, match="mmlu_mild: cannot be used: "):
+        Task(str(file)).texts()

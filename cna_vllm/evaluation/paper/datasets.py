@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +61,19 @@ def read_strongreject(source: str) -> tuple[Prompt, ...]:
     return _read(path, second)
 
 
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Without a line for every retry of a hub that cannot be reached; the error says it once."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def _read(path: Path, column: str) -> tuple[Prompt, ...]:
     return tuple(read_prompts(path, column=column))
 
@@ -82,7 +97,8 @@ def _hub_file(repository: str, name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repository, name, repo_type="dataset"))
+        with quiet_hub():
+            return Path(hf_hub_download(repository, name, repo_type="dataset"))
     except HFValidationError as error:
         raise PromptError(f"{repository}: is neither a folder nor a data set's hub id") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

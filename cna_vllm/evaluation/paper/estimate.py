@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation will cost, told before it starts: requests, tokens, time."""
+"""What an evaluation will cost: requests and tokens, and time where an engine's speed is known."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cna_vllm.evaluation.paper.settings import Settings
+from cna_vllm.evaluation.paper.settings import CAA_SIGNS, Settings
 from cna_vllm.prompts import Prompt
 from cna_vllm.rendering import render
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-_PROBE_REQUESTS = 16
-_PROBE_TOKENS = 16
+# A CPU has the speed of a full batch with a few requests; for a GPU they fill the batch.
+_PROBE_REQUESTS_ON_CPU = 8
+_PROBE_LENGTH = 32
+_PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,11 @@ class Speed:
         return load.prompt_tokens / self.prompt + load.new_tokens / self.new
 
 
-def loads(settings: Settings, tokenizer: Any) -> dict[str, Load]:
-    """The work of every part of `settings`."""
+def loads(settings: Settings, tokenizer: Any, questions: Sequence[str] = ()) -> dict[str, Load]:
+    """The work of every part of `settings`.
+
+    questions: the texts that one arm of mmlu scores.
+    """
 
     def of(prompts: Sequence[Prompt], times: int = 1, new: int = 0) -> Load:
         tokens = sum(len(render(tokenizer, prompt)) for prompt in prompts)
@@ -66,62 +71,64 @@ def loads(settings: Settings, tokenizer: Any) -> dict[str, Load]:
         elif part == "sweep":
             found[part] = of(small) + of(sweep, arms, answer)
         elif part == "caa":
-            found[part] = of(small) + of(sweep, 5, answer)
+            found[part] = of(small, 2) + of(sweep, 1 + 2 * len(CAA_SIGNS), answer)
         elif part == "strongreject":
             found[part] = of(settings.limited(settings.forbidden), 2, answer)
         elif part == "structure":
             found[part] = of(small)
         else:
-            found[part] = _mmlu(settings, tokenizer, arms)
+            tokens = sum(len(tokenizer.encode(text)) for text in questions)
+            runs = arms + len(CAA_SIGNS) * ("caa" in settings.parts)
+            found[part] = Load(len(questions) * runs, tokens * runs, len(questions) * runs)
     return found
 
 
 def measure_speed(llm: LLM) -> Speed:
     """Two short batches of random tokens, plain, on the engine that will run the evaluation."""
     from vllm import SamplingParams, TokensPrompt
+    from vllm.platforms import current_platform
 
-    size = min(128, llm.llm_engine.model_config.max_model_len // 2)
+    slots = llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+    count = min(_PROBE_REQUESTS_ON_CPU, slots) if current_platform.is_cpu() else slots
+    size = min(_PROBE_LENGTH, llm.llm_engine.model_config.max_model_len // 2)
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
 
-    def run(first: int, new: int) -> float:
+    def run(first: int, new: int, requests: int = count) -> float:
         prompts = [
             TokensPrompt(
                 prompt_token_ids=[(first + i * size + t) % vocabulary for t in range(size)]
             )
-            for i in range(_PROBE_REQUESTS)
+            for i in range(requests)
         ]
         params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
         began = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
         return time.perf_counter() - began
 
-    run(0, 2)  # whatever is compiled or allocated once
+    run(0, 2, 1)  # whatever is compiled or allocated once
     prefill = run(7, 1)
     both = run(11, 1 + _PROBE_TOKENS)
     decode = max(both - prefill, 1e-3)
-    return Speed(_PROBE_REQUESTS * size / prefill, _PROBE_REQUESTS * _PROBE_TOKENS / decode)
+    return Speed(count * size / prefill, count * _PROBE_TOKENS / decode)
 
 
-def report(found: Mapping[str, Load], speed: Speed | None = None) -> str:
-    """The loads as lines of text, with times where the speed is known."""
-    lines = []
-    for name, load in [*found.items(), ("all", sum(found.values(), Load(0, 0, 0)))]:
-        line = (
-            f"{name:13} {load.requests:7,} requests, {load.prompt_tokens:11,} prompt tokens, "
-            f"at most {load.new_tokens:10,} new tokens"
-        )
-        if speed is not None:
-            line += f", at most {_duration(speed.seconds(load))}"
-        lines.append(line)
-    return "\n".join(lines)
+def report(found: Mapping[str, Load]) -> str:
+    """The loads as lines of text."""
+    return "\n".join(
+        f"{name:13} {load.requests:7,} requests, {load.prompt_tokens:11,} prompt tokens, "
+        f"at most {load.new_tokens:10,} new tokens"
+        for name, load in _with_sum(found).items()
+    )
 
 
-def _mmlu(settings: Settings, tokenizer: Any, arms: int) -> Load:
-    from cna_vllm.evaluation.paper.harness import requests
+def durations(found: Mapping[str, Load], speed: Speed) -> str:
+    """How long the parts will take, in one line."""
+    times = {name: _duration(speed.seconds(load)) for name, load in _with_sum(found).items()}
+    return f"at most {times.pop('all')}: {', '.join(f'{n} {time}' for n, time in times.items())}"
 
-    texts = requests(settings.mmlu_task, settings.mmlu_limit)
-    tokens = sum(len(tokenizer.encode(text)) for text in texts)
-    return Load(len(texts) * arms, tokens * arms, len(texts) * arms)
+
+def _with_sum(found: Mapping[str, Load]) -> dict[str, Load]:
+    return {**found, "all": sum(found.values(), Load(0, 0, 0))}
 
 
 def _duration(seconds: float) -> str:

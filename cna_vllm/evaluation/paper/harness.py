@@ -8,6 +8,7 @@ scored as if it had been steered.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,14 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from cna_vllm.arms import Arm
+from cna_vllm.evaluation.paper.datasets import quiet_hub
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from vllm import LLM
+
+
+_FEWSHOT_SEED = 1234  # the harness's own
 
 
 class HarnessError(ValueError):
@@ -93,72 +98,90 @@ class ArmLM(TemplateLM):
         raise HarnessError("tasks that generate are not supported here; use cna-vllm ab")
 
 
-def task_manager(task: str) -> tuple[TaskManager, str]:
-    """The harness's tasks and the name among them: a known one, or that of a YAML file.
+class Task:
+    """A task or group of the harness, found once: its catalogue takes seconds to read.
 
-    Raises:
-        HarnessError: there is no such task.
+    Attributes:
+        name: as the harness knows it.
+        num_fewshot: examples before each question; None: the task's own number, or else 0.
+        limit: questions of each task; None: all.
     """
-    path = Path(task)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise HarnessError(f"{task}: no such file; name a task or its YAML file")
-        manager = TaskManager(include_path=str(path.parent.resolve()))
-        name = path.stem
-    else:
-        manager, name = TaskManager(), task
-    if name not in manager.all_tasks:
-        raise HarnessError(
-            f"{name}: is not a task of lm-evaluation-harness; of a YAML file, its name must equal "
-            "its field 'task'"
+
+    def __init__(
+        self, task: str, *, num_fewshot: int | None = None, limit: int | None = None
+    ) -> None:
+        """Finds `task`, a name such as `mmlu`, or a YAML file; a group's file may name known tasks.
+
+        Raises:
+            HarnessError: there is no such task.
+        """
+        path = Path(task)
+        if path.suffix in (".yaml", ".yml"):
+            if not path.is_file():
+                raise HarnessError(f"{task}: no such file; name a task or its YAML file")
+            group = re.search(r"(?m)^group:", path.read_text("utf-8"))
+            folder = str(path.parent.resolve())
+            self._manager = TaskManager(include_path=folder, include_defaults=group is not None)
+            self.name = path.stem
+        else:
+            self._manager, self.name = TaskManager(), task
+        if self.name not in self._manager.all_tasks:
+            raise HarnessError(
+                f"{self.name}: is not a task of lm-evaluation-harness; of a YAML file, its name "
+                "must equal its field 'task' or 'group'"
+            )
+        self.num_fewshot, self.limit = num_fewshot, limit
+
+    def texts(self) -> list[str]:
+        """What one arm's run scores, question by question and choice by choice.
+
+        Raises:
+            HarnessError: the data cannot be had, or the task does not score choices.
+        """
+        texts: list[str] = []
+        try:
+            with quiet_hub():
+                for found in self._manager.load([self.name])["tasks"].values():
+                    own = found.get_config("num_fewshot")
+                    if own is None or (own and self.num_fewshot):  # as the harness itself has it
+                        found.set_config(key="num_fewshot", value=self.num_fewshot or 0)
+                    found.set_fewshot_seed(seed=_FEWSHOT_SEED)
+                    found.build_all_requests(limit=self.limit, rank=0, world_size=1)
+                    for instance in found.instances:
+                        if instance.request_type != "loglikelihood":
+                            raise HarnessError("it does not score choices; choose another")
+                        texts.append("".join(instance.args[:2]))
+        except Exception as error:  # a task is a program, and its data may come from anywhere
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise HarnessError(f"{self.name}: cannot be used: {reason}") from error
+        return texts
+
+    def accuracy(self, llm: LLM, arm: Arm) -> dict[str, Any]:
+        """`{"task", "accuracy", "n", "num_fewshot", "harness"}` of one arm.
+
+        Raises:
+            HarnessError: the task has no accuracy, or the arm is steered in another scope than
+                `all`.
+        """
+        import lm_eval
+
+        results = simple_evaluate(
+            ArmLM(llm, arm),
+            tasks=[self.name],
+            num_fewshot=self.num_fewshot,
+            limit=self.limit,
+            task_manager=self._manager,
+            log_samples=False,
+            bootstrap_iters=0,
+            fewshot_random_seed=_FEWSHOT_SEED,
         )
-    return manager, name
-
-
-def accuracy(
-    llm: LLM, arm: Arm, task: str, *, num_fewshot: int | None = None, limit: int | None = None
-) -> dict[str, Any]:
-    """`{"accuracy", "n", "task", "num_fewshot", "harness"}` of one arm on one task.
-
-    Args:
-        task: a name or group of the harness, for instance `mmlu`, or a task's YAML file.
-        num_fewshot: examples before each question; the task's own number if None.
-        limit: questions of each task.
-
-    Raises:
-        HarnessError: no such task, or one without an accuracy.
-    """
-    import lm_eval
-
-    manager, name = task_manager(task)
-    results = simple_evaluate(
-        ArmLM(llm, arm),
-        tasks=[name],
-        num_fewshot=num_fewshot,
-        limit=limit,
-        task_manager=manager,
-        log_samples=False,
-        bootstrap_iters=0,
-    )
-    found = results["groups"].get(name) if results.get("groups") else None
-    found = found or results["results"][name]
-    if "acc,none" not in found:
-        raise HarnessError(f"{name}: has no accuracy ('acc'); choose a multiple-choice task")
-    counts = results["n-samples"]
-    return {
-        "task": name,
-        "accuracy": float(found["acc,none"]),
-        "n": sum(count["effective"] for count in counts.values()),
-        "num_fewshot": max(results["n-shot"].values(), default=0),
-        "harness": lm_eval.__version__,
-    }
-
-
-def requests(task: str, limit: int | None = None) -> list[str]:
-    """The texts that one arm's run of a task scores, to estimate its work beforehand."""
-    manager, name = task_manager(task)
-    texts = []
-    for found in manager.load([name])["tasks"].values():
-        found.build_all_requests(limit=limit, rank=0, world_size=1)
-        texts += ["".join(instance.args[:2]) for instance in found.instances]
-    return texts
+        found = results.get("groups", {}).get(self.name) or results["results"][self.name]
+        if "acc,none" not in found:
+            raise HarnessError(f"{self.name}: has no accuracy ('acc'); choose another task")
+        return {
+            "task": self.name,
+            "accuracy": float(found["acc,none"]),
+            "n": sum(count["effective"] for count in results["n-samples"].values()),
+            "num_fewshot": max(results["n-shot"].values(), default=0),
+            "harness": lm_eval.__version__,
+        }

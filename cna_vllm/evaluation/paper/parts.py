@@ -5,17 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Literal
 
 from cna_vllm.arms import Arm
 from cna_vllm.evaluation.paper import published
 from cna_vllm.evaluation.paper.published import Published
 from cna_vllm.evaluation.paper.rows import Row
-from cna_vllm.evaluation.paper.settings import CAA_LAYER, SCOPE, TOP
-from cna_vllm.evaluation.paper.study import PLAIN, Study
+from cna_vllm.evaluation.paper.settings import CAA_LAYER, CAA_SIGNS, SCOPE, TOP
+from cna_vllm.evaluation.paper.study import PLAIN, Figures, Study
 from cna_vllm.evaluation.statistics import wilson
 
-REFUSAL = ("refusal_keywords", "refusal")
 QUALITY = "quality-3"
+# The published baseline adds harmful minus benign, at every layer and position.
+_PUBLISHED_CAA = (("caa-mlp", 1.0),)
 
 
 def jbb(study: Study) -> list[Row]:
@@ -25,15 +27,13 @@ def jbb(study: Study) -> list[Row]:
     sets = {"harmful": settings.limited(settings.harmful)}
     sets["benign"] = settings.limited(settings.benign)
     arms = [PLAIN, Arm("m = 0", (("jbb", 0.0),), SCOPE)]
-    metrics = [*REFUSAL, "false_refusal", "quality:n=3"]
-    figures = study.answers("jbb", arms, sets, metrics)
+    figures = study.answers("jbb", arms, sets, [*study.refusal, "false_refusal", "quality:n=3"])
     known = _known(study)
     rows = []
     for index, arm in enumerate(arms):
         paper = None if known is None else known.jbb[index]
         rows += [
-            figures.row(arm, "harmful", "refusal_keywords", paper),
-            figures.row(arm, "harmful", "refusal"),
+            *_refusal(figures, arm, paper),
             figures.row(arm, "benign", "false_refusal"),
             figures.row(arm, "harmful", QUALITY),
         ]
@@ -46,7 +46,7 @@ def sweep(study: Study) -> list[Row]:
     study.circuit("small", settings.positive, settings.negative)
     arms = [_dose("small", m) for m in settings.multipliers]
     sets = {"harmful": settings.sweep_prompts}
-    figures = study.answers("sweep", arms, sets, [*REFUSAL, "quality:n=3"])
+    figures = study.answers("sweep", arms, sets, [*study.refusal, "quality:n=3"])
     known = _known(study)
     rows = []
     for arm in arms:
@@ -54,8 +54,7 @@ def sweep(study: Study) -> list[Row]:
         if known is not None and arm.dose in (1.0, 0.0):
             paper = known.sweep[0 if arm.dose == 1.0 else 1]
         rows += [
-            figures.row(arm, "harmful", "refusal_keywords", paper),
-            figures.row(arm, "harmful", "refusal"),
+            *_refusal(figures, arm, paper, _unlike(study)),
             figures.row(arm, "harmful", QUALITY, published.QUALITY_AT_EVERY_STRENGTH, bound=">"),
         ]
     return rows
@@ -63,60 +62,41 @@ def sweep(study: Study) -> list[Row]:
 
 def caa(study: Study) -> list[Row]:
     """CAA at full strength on the sweep's prompts: the reference's form and the original's."""
-    settings = study.settings
-    layer = int(study.num_layers * CAA_LAYER)
-    study.vectors("caa-mlp", settings.positive, settings.negative, form="mlp")
-    study.vectors(
-        "caa-residual", settings.positive, settings.negative, form="residual", layers=[layer]
-    )
-    scopes = {"caa-mlp": SCOPE, "caa-residual": "generated"}
-    arms = [PLAIN] + [
-        Arm(f"{name} {sign:+g}", vectors=((name, sign),), scope=scope)
-        for name, scope in scopes.items()
-        for sign in (1.0, -1.0)
-    ]
-    sets = {"harmful": settings.sweep_prompts}
-    figures = study.answers("caa", arms, sets, [*REFUSAL, "quality:n=3"])
+    arms = [PLAIN, *_vector_arms(study, "mlp"), *_vector_arms(study, "residual")]
+    sets = {"harmful": study.settings.sweep_prompts}
+    figures = study.answers("caa", arms, sets, [*study.refusal, "quality:n=3"])
     known = _known(study)
     rows = []
     for arm in arms:
-        # The published baseline adds harmful minus benign, at every layer and position.
-        theirs = known if arm.vectors == (("caa-mlp", 1.0),) else None
+        theirs = known if arm.vectors == _PUBLISHED_CAA else None
         refusal = None if theirs is None else theirs.caa_refusal
         quality = None if theirs is None else theirs.caa_quality
         rows += [
-            figures.row(arm, "harmful", "refusal_keywords", refusal),
-            figures.row(arm, "harmful", "refusal"),
-            figures.row(arm, "harmful", QUALITY, quality),
+            *_refusal(figures, arm, refusal, _unlike(study)),
+            figures.row(arm, "harmful", QUALITY, quality, _unlike(study)),
         ]
     return rows
 
 
 def mmlu(study: Study) -> list[Row]:
-    """Accuracy at every multiplier of the sweep's circuit."""
-    from cna_vllm.evaluation.paper.harness import accuracy
-
+    """Accuracy at every multiplier of the sweep's circuit; with caa, of its vectors as well."""
     settings = study.settings
     study.circuit("small", settings.positive, settings.negative)
+    doses = sorted(settings.multipliers, key=lambda m: m != 1.0)
+    arms = {f"{m:g}": _dose("small", m) for m in doses}
+    if "caa" in settings.parts:  # the form at all positions: the harness scores prompts
+        arms |= {arm.name.replace(" ", ""): arm for arm in _vector_arms(study, "mlp")}
     rows: list[Row] = []
-    plain: float | None = None
-    for multiplier in sorted(settings.multipliers, key=lambda m: m != 1.0):
-        arm = _dose("small", multiplier)
-        score = partial(
-            accuracy,
-            study.llm,
-            arm,
-            settings.mmlu_task,
-            num_fewshot=settings.mmlu_fewshot,
-            limit=settings.mmlu_limit,
-        )
-        found = study.kept(f"mmlu/{multiplier:g}.json", score)
+    plain = 0.0
+    for name, arm in arms.items():
+        found = study.kept(f"mmlu/{name}.json", partial(study.task.accuracy, study.llm, arm))
         value, n = found["accuracy"], found["n"]
         low, high = wilson(round(value * n), n)
-        rows.append(Row("mmlu", f"accuracy, {arm.name}", value, low, high, n))
-        if multiplier == 1.0:
+        near = (published.CAA_MMLU, "near") if arm.vectors == _PUBLISHED_CAA else (None, "")
+        rows.append(Row("mmlu", f"accuracy, {arm.name}", value, low, high, n, *near))
+        if arm.dose == 1.0:
             plain = value
-        elif plain is not None:
+        elif arm.circuits:
             what, within = f"accuracy less plain's, {arm.name}", published.MMLU_WITHIN
             rows.append(Row("mmlu", what, value - plain, n=n, published=within, bound="within"))
     return rows
@@ -125,12 +105,19 @@ def mmlu(study: Study) -> list[Row]:
 def strongreject(study: Study) -> list[Row]:
     """A judge's score of the answers to StrongREJECT's prompts, plain and ablated."""
     settings = study.settings
-    assert settings.judge is not None
     study.circuit("small", settings.positive, settings.negative)
     arms = [PLAIN, _dose("small", 0.0)]
     sets = {"harmful": settings.limited(settings.forbidden)}
-    figures = study.answers("strongreject", arms, sets, [f"judge:{settings.judge}", *REFUSAL])
-    return [figures.row(arm, "harmful", metric) for arm in arms for metric in figures.metrics]
+    judge = f"judge:{settings.judge}"
+    figures = study.answers("strongreject", arms, sets, [judge, *study.refusal])
+    rows = [figures.row(arm, "harmful", metric) for arm in arms for metric in figures.metrics]
+    graded = figures.metrics[0]
+    plain, ablated = (figures.row(arm, "harmful", graded) for arm in arms)
+    if plain.value is not None and ablated.value is not None:
+        gain = published.compliance_gain(_known(study))
+        what, value = f"{graded} less plain's, m = 0", ablated.value - plain.value
+        rows.append(Row("strongreject", what, value, n=ablated.n, published=gain, bound="average"))
+    return rows
 
 
 def structure(study: Study) -> list[Row]:
@@ -172,8 +159,15 @@ def structure(study: Study) -> list[Row]:
                 n=len(circuit),
             ),
         ]
+        where, share = published.BASE_LATE_SHARES.get(name or "", ("", None))
         rows += [
-            Row("structure", f"base model: {late.name}", late.share, n=len(base))
+            Row(
+                "structure",
+                f"base model: {late.name}",
+                late.share,
+                n=len(base),
+                published=share if late.name == where else None,
+            )
             for late in late_shares(base)
         ]
     return rows
@@ -194,6 +188,28 @@ def _dose(circuit: str, multiplier: float) -> Arm:
     if multiplier == 1.0:
         return Arm("m = 1")
     return Arm(f"m = {multiplier:g}", ((circuit, multiplier),), SCOPE)
+
+
+def _vector_arms(study: Study, form: Literal["mlp", "residual"]) -> list[Arm]:
+    """Both signs of the small contrast's mean differences: at every layer and position, as the
+    reference has it, or at one layer after the prompt, as CAA was published."""
+    name = f"caa-{form}"
+    layers = [int(study.num_layers * CAA_LAYER)] if form == "residual" else None
+    contrast = study.settings.positive, study.settings.negative
+    study.vectors(name, *contrast, form=form, layers=layers)
+    scope = SCOPE if form == "mlp" else "generated"
+    return [Arm(f"{name} {sign:+g}", vectors=((name, sign),), scope=scope) for sign in CAA_SIGNS]
+
+
+def _refusal(figures: Figures, arm: Arm, paper: float | None, bound: str = "") -> list[Row]:
+    """By the keyword rule, the paper's kind of measure, and by the better one."""
+    rules = [name for name in figures.metrics if name.startswith("refusal")]
+    return [figures.row(arm, "harmful", name, paper, bound) for name in rules]
+
+
+def _unlike(study: Study) -> str:
+    """Marks Table 1's figures: its prompts are the paper's own, unless they are given."""
+    return "" if study.settings.asked else "~"
 
 
 def _known(study: Study) -> Published | None:

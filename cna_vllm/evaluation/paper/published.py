@@ -40,15 +40,19 @@ ROWS = (
     Published("Qwen2.5-72B", (0.78, 0.08), (0.657, 0.051), 0.98, 0.406),
 )
 
-# Claims that hold for all models of the paper: (what, bound), in the paper's own words.
+# Claims that hold for all models of the paper.
 QUALITY_AT_EVERY_STRENGTH = 0.97  # output quality stays above it
 MMLU_WITHIN = 0.01  # of the plain model's accuracy, at every strength
-# The share of the 200 strongest refusal neurons in late layers, and how many of them the base
-# model has too.
+CAA_MMLU = 0.0  # accuracy is near it at full strength
+# By how much ablation raises the judge's compliance, on average over a family's models.
+COMPLIANCE_GAIN = {"Llama": 0.06, "Qwen": 0.31}
+# The share of the 200 strongest refusal neurons in late layers, of the base model's likewise, and
+# how many of them both have.
 LATE_SHARES = {
     "Llama-3.2-1B": ("last three layers", 0.87),
     "Qwen2.5-3B": ("last quarter", 0.95),
 }
+BASE_LATE_SHARES = {"Llama-3.2-1B": ("last three layers", 0.82)}
 SHARED_WITH_BASE = {"Llama-3.2-1B": 17, "Qwen2.5-3B": 28}
 
 
@@ -56,6 +60,13 @@ def published(model: str) -> Published | None:
     """The rows of a model by its hub id or folder name, instruct models only; else None."""
     name = _normal(Path(model).name)
     return next((row for row in ROWS if name == _normal(row.model) + "instruct"), None)
+
+
+def compliance_gain(model: Published | None) -> float | None:
+    """Of the family of a published model."""
+    if model is None:
+        return None
+    return next(gain for family, gain in COMPLIANCE_GAIN.items() if model.model.startswith(family))
 
 
 def _normal(name: str) -> str:

@@ -18,8 +18,9 @@ class Row:
         value: measured; None where nothing could be scored.
         low, high: its 95% interval, where it has one.
         n: how many prompts or questions it is of.
-        published: the paper's value for this model; `bound` says that it is one and not a value.
-        bound: `>` or `within`, for claims of the paper that name no value.
+        published: the paper's value for this model; `bound` says in which way it is another thing.
+        bound: `>`, `within`, `near` or `average`, for claims of the paper that are of all its
+            models; `~` where the paper asked other prompts.
     """
 
     part: str
@@ -46,6 +47,11 @@ class Row:
         return cls(**{k: v for k, v in value.items() if k != "delta"})
 
 
+_NOTES = {
+    "~": "the paper's figure is of 99 prompts of its own; for a like one give its prompts with "
+    "--contrast and --sweep-prompts",
+    "average": "the paper's figure is an average over the models of one family",
+}
 _HEADS = ("part", "what", "measured", "95% interval", "n", "paper", "delta")
 
 
@@ -60,6 +66,12 @@ def table(rows: Iterable[Row]) -> str:
         ).rstrip()
         for line in cells
     )
+
+
+def notes(rows: Iterable[Row]) -> list[str]:
+    """What the bounds among the rows mean, where that is not plain."""
+    bounds = {row.bound for row in rows if row.published is not None}
+    return [f"{bound}: {text}" for bound, text in _NOTES.items() if bound in bounds]
 
 
 def _cells(row: Row) -> tuple[str, ...]:

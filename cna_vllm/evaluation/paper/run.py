@@ -15,25 +15,24 @@ from typing import TYPE_CHECKING, Any
 import cna_vllm
 from cna_vllm.circuit import Circuit
 from cna_vllm.evaluation.paper.parts import RUN
-from cna_vllm.evaluation.paper.rows import Row, table
-from cna_vllm.evaluation.paper.settings import TOP, Settings
-from cna_vllm.evaluation.paper.study import BASE_FILE, Study, claim
+from cna_vllm.evaluation.paper.rows import Row, notes, table
+from cna_vllm.evaluation.paper.settings import PARTS, TOP, EvalError, Settings
+from cna_vllm.evaluation.paper.study import BASE_FILE, Study
 from cna_vllm.files import write_atomic
 from cna_vllm.models import resolve_model
+from cna_vllm.vectors import VectorError, check_residual
 
 if TYPE_CHECKING:
-    from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
-__all__ = ["claim", "discover_base", "evaluate", "start"]
-
 FORMAT, VERSION = "cna-eval", 1
+RESULT_FILE = "eval.json"
 
 
-def start(args: EngineArgs, settings: Settings) -> LLM:
-    """The engine of an evaluation: it records, and has room for its circuits and vectors."""
+def section(settings: Settings) -> dict[str, Any]:
+    """What the engine of an evaluation needs: it records, and has room for circuits and vectors."""
     vectors = 2 if "caa" in settings.parts else 0
-    return _engine(args, {"record": True, "max_circuits": 8, "max_vectors": vectors})
+    return {"record": True, "max_circuits": 8, "max_vectors": vectors}
 
 
 def discover_base(args: EngineArgs, settings: Settings, folder: Path) -> None:
@@ -42,50 +41,75 @@ def discover_base(args: EngineArgs, settings: Settings, folder: Path) -> None:
     path = folder / BASE_FILE
     if path.exists() or settings.base_model is None:
         return
-    base = replace(args, model=resolve_model(settings.base_model), served_model_name=None)
+    # What names a version of the model, or its tokenizer, is not of its base.
+    own = dict.fromkeys(("revision", "tokenizer", "tokenizer_revision", "served_model_name"))
+    base = replace(args, model=resolve_model(settings.base_model), **own)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         pool.submit(_discover_base, base, settings).result().save(path)
 
 
-def evaluate(llm: LLM, settings: Settings, folder: Path, *, say: Callable[[str], None]) -> str:
-    """Runs the parts, writes `eval.json`, and returns the table.
+def evaluate(study: Study, *, say: Callable[[str], None]) -> str:
+    """Runs the parts and returns the table; each part's rows are in `eval.json` once it is done,
+    in which those of other parts, of earlier runs, stay.
 
     say: gets a line when a part begins.
+
+    Raises:
+        EvalError: the base model's neurons are not this model's, or caa is not possible on it.
     """
     import vllm
 
-    study = Study(llm, settings, folder)
-    rows: list[Row] = []
+    settings = study.settings
+    if "structure" in settings.parts:
+        _check_base(study)
+    if "caa" in settings.parts:
+        try:
+            check_residual(study.llm.llm_engine.model_config.architectures[0])
+        except VectorError as error:
+            raise EvalError(f"--parts caa: {error}; leave caa out") from error
+    path = study.folder / RESULT_FILE
+    rows: dict[str, list[Row]] = {}
+    if path.exists():
+        for row in map(Row.from_dict, json.loads(path.read_text("utf-8"))["rows"]):
+            rows.setdefault(row.part, []).append(row)
     for part in settings.parts:
         say(part)
-        rows += RUN[part](study)
-    result = {
-        "format": FORMAT,
-        "version": VERSION,
-        "settings": settings.identity(),
-        "parts": list(settings.parts),
-        "tools": {"cna_vllm": cna_vllm.__version__, "vllm": vllm.__version__},
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "sampling": dict(study.sampling),
-        "rows": [row.to_dict() for row in rows],
-    }
-    write_atomic(folder / "eval.json", [json.dumps(result, indent=1) + "\n"])
-    return table(rows)
+        rows[part] = list(RUN[part](study))
+        result = {
+            "format": FORMAT,
+            "version": VERSION,
+            "settings": settings.identity(),
+            "engine": dict(study.engine),
+            "tools": {"cna_vllm": cna_vllm.__version__, "vllm": vllm.__version__},
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "sampling": dict(study.sampling),
+            "rows": [row.to_dict() for name in PARTS for row in rows.get(name, ())],
+        }
+        write_atomic(path, [json.dumps(result, indent=1) + "\n"])
+    shown = [row for part in settings.parts for row in rows[part]]
+    return "\n".join([table(shown), *notes(shown)])
 
 
-def _engine(args: EngineArgs, cna: dict[str, Any]) -> LLM:
-    from vllm import LLM
+def _check_base(study: Study) -> None:
+    from cna_vllm.discovery.prefill import Dimensions
 
-    given = dict(args.additional_config or {})
-    llm: LLM = LLM.from_engine_args(
-        replace(args, additional_config={**given, "cna": {**given.get("cna", {}), **cna}})
-    )
-    return llm
+    base, size = study.base_circuit(), Dimensions.of(study.llm)
+    if base is None:
+        return
+    if (base.num_layers, base.intermediate_size) != (size.num_layers, size.intermediate_size):
+        raise EvalError(
+            f"--base-model: has {base.num_layers} layers of {base.intermediate_size} neurons, the "
+            f"model {size.num_layers} of {size.intermediate_size}; name the base of this model"
+        )
 
 
 def _discover_base(args: EngineArgs, settings: Settings) -> Circuit:
+    from vllm import LLM
+
     from cna_vllm.discovery import discover
 
-    llm = _engine(args, {"record": True})
+    given = dict(args.additional_config or {})
+    section = {**given.get("cna", {}), "record": True}
+    llm = LLM.from_engine_args(replace(args, additional_config={**given, "cna": section}))
     preset: Any = settings.preset
     return discover(llm, settings.positive, settings.negative, preset=preset, top_k=TOP)

@@ -15,20 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 from cna_vllm.arms import Arm
 from cna_vllm.circuit import Circuit
-from cna_vllm.evaluation.ab import load_metrics, run_ab
+from cna_vllm.evaluation.ab import load_metrics, plan_rows, rescore, run_ab
 from cna_vllm.evaluation.answers import PromptSet, collect, read_rows
-from cna_vllm.evaluation.folder import ANSWERS, REPORT
+from cna_vllm.evaluation.folder import ANSWERS, REPORT, RESULT, answered, batch_identity
 from cna_vllm.evaluation.outcomes import Analysis
 from cna_vllm.evaluation.paper.rows import Row
-from cna_vllm.evaluation.paper.settings import EvalError, Settings
+from cna_vllm.evaluation.paper.settings import ONE_PART, EvalError, Settings
 from cna_vllm.evaluation.report import write_report
-from cna_vllm.evaluation.result import Result
+from cna_vllm.evaluation.result import Result, load
 from cna_vllm.files import write_atomic
 from cna_vllm.prompts import Prompt
 from cna_vllm.vectors import Form, VectorSet
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+    from cna_vllm.evaluation.paper.harness import Task
 
 SETTINGS_FILE = "settings.json"
 BASE_FILE = "base.json"
@@ -57,6 +59,7 @@ class Figures:
     ) -> Row:
         """One arm's estimate of a metric on a prompt set; empty where nothing could be scored."""
         what = f"{metric}, {arm.name}"
+        bound = "" if published is None else bound
         for outcome in self.result.outcomes:
             if (outcome.metric, outcome.prompt_set) == (metric, prompts):
                 found = next(e for e in outcome.estimates if e.arm == arm.name)
@@ -68,8 +71,30 @@ class Figures:
 class Study:
     """Settings, an engine with `record` and room for circuits and vectors, and a folder."""
 
-    def __init__(self, llm: LLM, settings: Settings, folder: Path) -> None:
-        self.llm, self.settings, self.folder = llm, settings, folder
+    def __init__(
+        self,
+        llm: LLM,
+        settings: Settings,
+        folder: Path,
+        engine: Mapping[str, Any],
+        task: Task | None,
+    ) -> None:
+        """engine: what of it decides the answers. task: of mmlu, where that is a part."""
+        self.llm, self.settings, self.folder, self.engine = llm, settings, folder, engine
+        self._task = task
+
+    @property
+    def task(self) -> Task:
+        """Of mmlu."""
+        if self._task is None:
+            raise EvalError("--parts mmlu: needs a task")
+        return self._task
+
+    @property
+    def refusal(self) -> list[str]:
+        """Specifications of the two rules of refusal, the keywords first."""
+        keywords = self.settings.keywords
+        return [f"refusal_keywords{f':phrases={keywords}' if keywords else ''}", "refusal"]
 
     def circuit(
         self,
@@ -90,7 +115,8 @@ class Study:
             preset: Any = self.settings.preset
             circuit = discover(self.llm, positive, negative, preset=preset, top_k=top_k)
             circuit.save(path)
-        if name not in list_circuits(self.llm):
+        resident = list_circuits(self.llm).get(name)
+        if resident is None or resident.digest != circuit.digest:
             load_circuit(self.llm, name, circuit)
         return circuit
 
@@ -113,7 +139,8 @@ class Study:
         else:
             found = discover_vectors(self.llm, positive, negative, form=form, layers=layers)
             found.save(path)
-        if name not in list_vectors(self.llm):
+        resident = list_vectors(self.llm).get(name)
+        if resident is None or resident.digest != found.digest:
             load_vectors(self.llm, name, found)
         return found
 
@@ -136,36 +163,44 @@ class Study:
         metrics: Sequence[str],
     ) -> Figures:
         """An A/B test of the arms in the folder `part`, with its report; prompt sets are named by
-        their tag."""
+        their tag. A test that is there is not scored again: a judge costs money."""
+        out, seed = self.folder / part, self.settings.seed
         sets = [PromptSet(tag, found, tag) for tag, found in prompts.items()]
+        steering = self._steering(arms)
+        rows = plan_rows(arms, sets, self.sampling, samples=1, seed=seed, raw=False)
+        model = str(self.llm.llm_engine.model_config.model)
+        if answered(out, rows, batch_identity(model, steering, self.engine)) is not None:
+            _, scored, _, _ = load(out / RESULT)
+            if [metric.spec for metric in scored] == list(metrics):
+                return Figures(part, rescore(out)[0])
         result = run_ab(
             self.llm,
             arms,
             sets,
             load_metrics(metrics),
-            out=self.folder / part,
+            out=out,
             sampling=self.sampling,
-            seed=self.settings.seed,
-            analysis=Analysis(seed=self.settings.seed),
-            steering=self._steering(),
+            seed=seed,
+            analysis=Analysis(seed=seed),
+            steering=steering,
+            identity=self.engine,
         )
         test = result.test
-        found = collect(
-            read_rows(self.folder / part / ANSWERS), test.arm_names, test.prompt_sets, test.samples
-        )
-        write_report(result, found, self.folder / part / REPORT)
+        found = collect(read_rows(out / ANSWERS), test.arm_names, test.prompt_sets, test.samples)
+        write_report(result, found, out / REPORT)
         return Figures(part, result)
 
-    def _steering(self) -> dict[str, dict[str, Any]]:
+    def _steering(self, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
         """What the arms' names stand for, so that answers to other content are not reused."""
         from cna_vllm.serving.control import list_circuits
 
         known: dict[str, Any] = dict(list_circuits(self.llm))
-        if "caa" in self.settings.parts:
+        named = {name for arm in arms for name, _ in (*arm.circuits, *arm.vectors)}
+        if named - {*known}:
             from cna_vllm.serving.vector_control import list_vectors
 
             known |= list_vectors(self.llm)
-        return {name: {"digest": found.digest} for name, found in known.items()}
+        return {name: {"digest": known[name].digest} for name in sorted(named)}
 
     @property
     def num_layers(self) -> int:
@@ -189,29 +224,33 @@ class Study:
         return value
 
 
-def claim(folder: Path, settings: Settings) -> None:
-    """Makes the folder this evaluation's, or finds that it already is.
+def claim(folder: Path, settings: Settings, engine: Mapping[str, Any]) -> None:
+    """Makes the folder this evaluation's, or finds that it already is. Parts may come later.
+
+    engine: what of it decides the answers.
 
     Raises:
         EvalError: it holds an evaluation with other settings, or other files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS_FILE
-    mine = json.loads(json.dumps(settings.identity()))
-    if not path.exists():
-        if any(folder.iterdir()):
-            raise EvalError(f"--out {folder}: is not empty and no evaluation; name a new folder")
-        write_atomic(path, [json.dumps(mine, indent=1) + "\n"])
-        return
-    try:
-        theirs: Mapping[str, Any] = json.loads(path.read_text("utf-8"))
-        differing = sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k))
-    except (ValueError, AttributeError) as error:
-        raise EvalError(
-            f"--out {folder}: {SETTINGS_FILE} cannot be read; name a new folder"
-        ) from error
-    if differing:
-        raise EvalError(
-            f"--out {folder}: holds an evaluation with other settings ({', '.join(differing)}); "
-            "name a new folder"
-        )
+    of_engine = {f"engine's {name}": value for name, value in engine.items()}
+    mine = json.loads(json.dumps({**settings.identity(), **of_engine}))
+    if path.exists():
+        try:
+            theirs: Mapping[str, Any] = json.loads(path.read_text("utf-8"))
+            mine |= {k: theirs.get(k) for k in ONE_PART if mine[k] is None}
+        except (ValueError, AttributeError) as error:
+            raise EvalError(
+                f"--out {folder}: {SETTINGS_FILE} cannot be read; name a new folder"
+            ) from error
+        differing = {k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k)}
+        differing -= {k for k in ONE_PART if theirs.get(k) is None}
+        if differing:
+            raise EvalError(
+                f"--out {folder}: holds an evaluation with other settings "
+                f"({', '.join(sorted(differing))}); name a new folder"
+            )
+    elif any(folder.iterdir()):
+        raise EvalError(f"--out {folder}: is not empty and no evaluation; name a new folder")
+    write_atomic(path, [json.dumps(mine, indent=1) + "\n"])
