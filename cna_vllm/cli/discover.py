@@ -19,8 +19,18 @@ from cna_vllm.prompts import Prompt, read_prompts
 
 _LAYERS_FORM = "write layers as 4-29 or 0,3,8-11"
 _PLOTTED = 10
-# Of the options: those that --vectors takes.
-_FOR_VECTORS = {"positive", "negative", "out", "overwrite", "column", "layers", "raw", "system"}
+# Of the options: those that go with --vectors.
+_FOR_VECTORS = {
+    "vectors",
+    "positive",
+    "negative",
+    "out",
+    "overwrite",
+    "column",
+    "layers",
+    "raw",
+    "system",
+}
 
 
 def run(argv: list[str]) -> int:
@@ -85,8 +95,7 @@ def _check_vectors(options: argparse.Namespace) -> None:
     """Raises UsageError for options of circuits, and for what the form does not allow."""
     defaults = _parser()
     for name, value in vars(options).items():
-        of_circuits = name not in _FOR_VECTORS | {"vectors"}
-        if of_circuits and value != defaults.get_default(name):
+        if name not in _FOR_VECTORS and value != defaults.get_default(name):
             raise UsageError(f"--vectors takes no --{name.replace('_', '-')}; it is of circuits")
     if options.vectors == "residual" and (options.layers is None or len(options.layers) != 1):
         raise UsageError(
@@ -153,12 +162,14 @@ def _parser() -> OptionParser:
     )
     parser.add_argument("--positive", required=True, metavar="FILE", help="show the behaviour")
     parser.add_argument("--negative", required=True, metavar="FILE", help="do not show it")
-    parser.add_argument("--out", required=True, metavar="C.json", help="file to write")
+    parser.add_argument(
+        "--out", required=True, metavar="C.json", help="file to write, V.safetensors with --vectors"
+    )
     parser.add_argument(
         "--vectors",
         choices=("mlp", "residual"),
-        help="write CAA vectors, --out V.safetensors, instead of a circuit: of the MLP outputs of "
-        "--layers (default: all), or of the residual stream after the one layer of --layers",
+        help="write CAA vectors instead of a circuit: of the MLP outputs of --layers (default: "
+        "all), or of the residual stream after the one layer of --layers",
     )
     parser.add_argument(
         "--control", metavar="R.json", help="also write a random circuit of the same layer profile"
