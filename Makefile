@@ -32,6 +32,6 @@ test: style ## style, and all tests, those with a real engine included
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup
 
 bench: setup ## run every benchmark; add RECORD=1 to append to benchmarks/results
-	@set -e; for name in act_and_mul_scaled engine_throughput discovery serving; do \
+	@set -e; for name in act_and_mul_scaled engine_throughput sweep discovery serving; do \
 		echo "== $$name"; $(BIN)/python benchmarks/$$name.py $(if $(RECORD),--record); \
 	done

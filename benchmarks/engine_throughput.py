@@ -22,10 +22,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from provenance import provenance, record
+from workers import Worker
 
 from cna_vllm import Circuit, Neuron, steer
 from cna_vllm.models import model_dimensions, resolve_model
@@ -59,7 +58,7 @@ def serve(model: str, circuits: str, batch: int, tokens: int, compiled: bool) ->
         TokensPrompt(prompt_token_ids=[rng.randrange(100, 10_000) for _ in range(32)])
         for _ in range(batch)
     ]
-    print("ready", flush=True)
+    print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         steered = json.loads(line)
         params = [
@@ -84,48 +83,6 @@ def _cuda() -> bool:
     return torch.cuda.is_available()
 
 
-class Worker:
-    """A process that holds one engine."""
-
-    def __init__(self, config: dict[str, Any], plugins: str | None, args: argparse.Namespace):
-        env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        env.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-        if plugins is not None:
-            env["VLLM_PLUGINS"] = plugins
-        command = [sys.executable, __file__, "--model", args.model, "--batch", str(args.batch)]
-        command += ["--tokens", str(args.tokens), "--worker", json.dumps(config)]
-        command += ["--compiled"] if args.compiled else []
-        self.process = subprocess.Popen(
-            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def wait(self) -> None:
-        """Returns when the engine is up."""
-        while self._line() != "ready":
-            pass
-
-    def measure(self, steered: bool) -> dict[str, float]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(steered) + "\n")
-        self.process.stdin.flush()
-        while not (line := self._line()).startswith('{"wall"'):
-            pass
-        return json.loads(line)
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the engine's process ended with {self.process.wait()}")
-        return line.strip()
-
-
 def random_circuit(model: str, fraction: float, seed: int = 0) -> Circuit:
     """A circuit of ``fraction`` of all neurons, spread over all layers."""
     dimensions = model_dimensions(model)
@@ -146,18 +103,19 @@ def restart(number: int, config: dict[str, Any], args: argparse.Namespace) -> li
         (CONTROL, {}, ""),
         (IDLE, config, None),
     ]
+    options = ["--model", args.model, "--batch", str(args.batch), "--tokens", str(args.tokens)]
+    options += ["--compiled"] if args.compiled else []
     workers: dict[str, Worker] = {}
     for i in range(len(kinds)):
         name, section, plugins = kinds[(number + i) % len(kinds)]
-        workers[name] = Worker(section, plugins, args)
-        workers[name].wait()
+        workers[name] = Worker(__file__, [*options, "--worker", json.dumps(section)], plugins)
     workers[STEERED] = workers[IDLE]
     for variant in VARIANTS:
-        workers[variant].measure(variant == STEERED)
+        workers[variant].ask(variant == STEERED)
     rounds = []
     for turn in range(args.rounds):
         order = [VARIANTS[(turn + i) % len(VARIANTS)] for i in range(len(VARIANTS))]
-        rounds.append({v: workers[v].measure(v == STEERED) for v in order})
+        rounds.append({v: workers[v].ask(v == STEERED) for v in order})
     for worker in set(workers.values()):
         worker.close()
     return rounds

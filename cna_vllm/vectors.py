@@ -123,6 +123,26 @@ class VectorSet:
             content.update(vector.astype("<f4").tobytes())
         return content.hexdigest()
 
+    def summary(self) -> str:
+        """A few lines for people: model, form, layers, norms, origin, digest, notes."""
+        norms = sorted(float(np.linalg.norm(vector)) for vector in self.vectors.values())
+        everywhere = len(norms) == self.num_layers
+        layers = f"all {self.num_layers}" if everywhere else ", ".join(map(str, self.vectors))
+        lines = [
+            "model   "
+            + _describe(self.model, self.architecture, self.num_layers, self.hidden_size),
+            f"form    {self.form}",
+            f"layers  {layers}",
+            f"norms   {norms[0]:.3g} to {norms[-1]:.3g}",
+            f"digest  {self.digest}",
+        ]
+        if self.created or self.dtype:
+            lines.append(f"found   {self.created or 'at an unknown time'} in {self.dtype or '?'}")
+        if counts := [f"{n} {name}" for name, n in self.prompts.items() if is_int(n)]:
+            lines.append(f"prompts {', '.join(counts)}")
+        lines += [f"note    {note}" for note in self.notes]
+        return "\n".join(lines)
+
     def check_model(self, model: str, architecture: str, num_layers: int, hidden_size: int) -> None:
         """Raises VectorError, naming both models, unless the vectors fit; for the form
         ``residual`` also where the architecture does not pass MLP outputs on as they are."""

@@ -48,6 +48,7 @@ def check_admission(arms: Iterable[Arm], args: EngineArgs) -> None:
             arm.extra_args(),
             max_multiplier=config.max_multiplier,
             max_circuits=config.max_circuits_per_request,
+            max_vectors=config.max_vectors_per_request,
         )
 
 

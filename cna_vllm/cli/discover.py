@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cna-vllm discover`: two sets of prompts in, a circuit file out."""
+"""`cna-vllm discover`: two sets of prompts in, a circuit file or one of CAA vectors out."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from cna_vllm.circuit import Circuit
@@ -14,14 +15,28 @@ from cna_vllm.cli.options import (
     check_plot,
     positive_int,
 )
-from cna_vllm.prompts import read_prompts
+from cna_vllm.prompts import Prompt, read_prompts
 
 _LAYERS_FORM = "write layers as 4-29 or 0,3,8-11"
 _PLOTTED = 10
+# Of the options: those that go with --vectors.
+_FOR_VECTORS = {
+    "vectors",
+    "positive",
+    "negative",
+    "out",
+    "overwrite",
+    "column",
+    "layers",
+    "raw",
+    "system",
+}
 
 
 def run(argv: list[str]) -> int:
     options, rest = _parser().split(argv)
+    if options.vectors is not None:
+        _check_vectors(options)
     check_output(options.out, options.overwrite)
     if options.plot:
         check_plot(options.plot, options.overwrite)
@@ -33,6 +48,8 @@ def run(argv: list[str]) -> int:
         raise UsageError("--system needs the chat template; drop it, or --raw")
     positive = read_prompts(options.positive, column=options.column)
     negative = read_prompts(options.negative, column=options.column)
+    if options.vectors is not None:
+        return _vectors(options, rest, positive, negative)
     universal = options.universal
     if universal not in (None, "default", "none"):
         universal = read_prompts(universal)
@@ -74,6 +91,46 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _check_vectors(options: argparse.Namespace) -> None:
+    """Raises UsageError for options of circuits, and for what the form does not allow."""
+    defaults = _parser()
+    for name, value in vars(options).items():
+        if name not in _FOR_VECTORS and value != defaults.get_default(name):
+            raise UsageError(f"--vectors takes no --{name.replace('_', '-')}; it is of circuits")
+    if options.vectors == "residual" and (options.layers is None or len(options.layers) != 1):
+        raise UsageError(
+            "--vectors residual is of one layer; name it: --layers L, often one near the middle"
+        )
+    if Path(options.out).suffix.lower() != ".safetensors":
+        raise UsageError(f"{options.out}: vectors are safetensors files; name it V.safetensors")
+
+
+def _vectors(
+    options: argparse.Namespace,
+    rest: Sequence[str],
+    positive: Sequence[Prompt],
+    negative: Sequence[Prompt],
+) -> int:
+    from cna_vllm.cli.engine_args import start_engine
+
+    llm = start_engine("discover", rest, {"record": True, "max_vectors": 1})
+
+    from cna_vllm.baselines import discover_vectors
+
+    found = discover_vectors(
+        llm,
+        positive,
+        negative,
+        form=options.vectors,
+        layers=options.layers,
+        raw=options.raw,
+        system=options.system,
+    )
+    found.save(options.out)
+    print(found.summary())
+    return 0
+
+
 def _report(circuit: Circuit) -> list[str]:
     """Lines on what the method found besides the neurons."""
     lines = []
@@ -99,19 +156,28 @@ def _report(circuit: Circuit) -> list[str]:
 def _parser() -> OptionParser:
     parser = OptionParser(
         "discover",
-        "Find the neurons whose activation differs most between two sets of prompts.",
+        "Find the neurons whose activation differs most between two sets of prompts; or, with "
+        "--vectors,\nthe mean differences of outputs (CAA), which circuits are compared with.",
         model="MODEL",
     )
     parser.add_argument("--positive", required=True, metavar="FILE", help="show the behaviour")
     parser.add_argument("--negative", required=True, metavar="FILE", help="do not show it")
-    parser.add_argument("--out", required=True, metavar="C.json", help="circuit file to write")
+    parser.add_argument(
+        "--out", required=True, metavar="C.json", help="file to write, V.safetensors with --vectors"
+    )
+    parser.add_argument(
+        "--vectors",
+        choices=("mlp", "residual"),
+        help="write CAA vectors instead of a circuit: of the MLP outputs of --layers (default: "
+        "all), or of the residual stream after the one layer of --layers",
+    )
     parser.add_argument(
         "--control", metavar="R.json", help="also write a random circuit of the same layer profile"
     )
     parser.add_argument(
         "--plot", metavar="P.png", help="also draw the layer profile and the strongest neurons"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace C.json, R.json and P.png")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     parser.add_argument("--column", help="column of .csv files (default: prompt)")
     parser.add_argument(
         "--preset",

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steering and discovery on every covered architecture, against Hugging Face hooks.
 
+Where the residual form of vectors is allowed, vectors of both forms steer and are found too.
+
 Raw token ids throughout: a random checkpoint has no tokenizer.
 """
 
@@ -17,12 +19,14 @@ from numpy.typing import NDArray
 
 from cna_vllm.circuit import Neuron
 from cna_vllm.discovery import select_neurons
+from cna_vllm.vectors import FORMS, RESIDUAL_ARCHITECTURES
 from tests import tiny_models
 from tests.architectures import ARCHITECTURES
 from tests.engine_job import V1, V1_HERE, V2, EngineFailed, run_engine
 from tests.integration.conftest import PLAIN, Subject
-from tests.oracles import HookedModel, assert_token_exact
+from tests.oracles import Arm, HookedModel, assert_token_exact
 from tests.tiny_models import LAYERS, WIDTH
+from tests.vector_files import random_vectors, save_vectors
 
 pytestmark = pytest.mark.engine
 
@@ -86,17 +90,26 @@ def check(
 ) -> None:
     architecture = ARCHITECTURES[name]
     subject = build(name, folder)
+    arms = subject.matrix()
+    cna: dict[str, Any] = {"circuits": dict(subject.files), "record": True}
+    steps: list[dict[str, Any]] = []
+    if subject.vectors:
+        arms += vector_arms(subject)
+        files = save_vectors(folder, subject.vectors, architecture.model_class)
+        cna |= {"vectors": files, "max_vectors": len(files)}
+        sets = {"positive": GROUPS["a"], "negative": GROUPS["b"]}
+        steps = [{"op": "mean_difference", **sets, "form": form} for form in FORMS]
     requests, wanted = subject.requests(
-        tiny_models.prompts(prompts), subject.matrix(), max_tokens=max_tokens, ignore_eos=True
+        tiny_models.prompts(prompts), arms, max_tokens=max_tokens, ignore_eos=True
     )
-    cna = {"circuits": dict(subject.files), "record": True}
-    outputs, means, hooks, status = run_engine(
+    outputs, means, hooks, status, *differences = run_engine(
         subject.config(additional_config={"cna": cna}, **options),
         [
             {"op": "generate", "requests": requests},
             {"op": "record", "groups": GROUPS},
             {"op": "hooks"},
             {"op": "status"},
+            *steps,
         ],
         env=runner,
     )
@@ -113,10 +126,25 @@ def check(
     texts = {tuple(o["token_ids"][0]) for o in outputs}
     assert len(texts) > len(outputs) / 2, "the arms must change the text for this to prove much"
     check_discovery(subject.oracle, means)
+    for form, difference in zip(FORMS, differences, strict=bool(subject.vectors)):
+        check_difference(subject.oracle, difference, form)
+
+
+def vector_arms(subject: Subject) -> list[Arm]:
+    """Both forms, both signs, every scope, and a circuit beside a vector."""
+    return [
+        subject.arm(("mlp", 1.0)),
+        subject.arm(("mlp", -1.0), scope="all"),
+        subject.arm(("stream", 1.0)),
+        subject.arm(("stream", -1.0), scope="all"),
+        subject.arm(("stream", 2.0), scope="generated"),
+        subject.arm(("one", 0.0), ("stream", -1.0), scope="all"),
+    ]
 
 
 def build(name: str, folder: Path) -> Subject:
-    """A random checkpoint, its oracle, and two circuits of a fifth of its neurons."""
+    """A random checkpoint, its oracle, two circuits of a fifth of its neurons, and vectors of both
+    forms where they are allowed."""
     architecture = ARCHITECTURES[name]
     oracle = HookedModel(architecture.save(folder / "model"))
     assert type(oracle.model).__name__ == architecture.model_class
@@ -132,7 +160,13 @@ def build(name: str, folder: Path) -> Subject:
         )
         files[circuit] = str(file)
     engine = {"skip_tokenizer_init": True, "max_model_len": 128}
-    return Subject(str(folder / "model"), oracle, circuits, files, engine)
+    vectors = {
+        "mlp": random_vectors("mlp", range(LAYERS), 3, 0.5),
+        "stream": random_vectors("residual", (LAYERS // 2,), 4, 1.5),
+    }
+    if architecture.model_class not in RESIDUAL_ARCHITECTURES:
+        vectors = {}
+    return Subject(str(folder / "model"), oracle, circuits, files, engine, vectors)
 
 
 def check_discovery(oracle: HookedModel, means: Mapping[str, Any]) -> None:
@@ -146,6 +180,16 @@ def check_discovery(oracle: HookedModel, means: Mapping[str, Any]) -> None:
         delta = want[positive] - want[negative]
         for k in SIZES:
             check_selection(select_neurons(ours, k), delta, k)
+
+
+def check_difference(oracle: HookedModel, found: Any, form: str) -> None:
+    """Within 1e-5 of the largest difference."""
+    means = [
+        np.mean([oracle.outputs(p, form).double().numpy() for p in GROUPS[group]], axis=0)
+        for group in ("a", "b")
+    ]
+    expected = means[0] - means[1]
+    assert np.abs(np.array(found) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 def check_selection(neurons: list[Neuron], delta: NDArray[np.float64], k: int) -> None:

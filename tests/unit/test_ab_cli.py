@@ -8,23 +8,31 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cna_vllm import Circuit, Neuron
+from cna_vllm.arms import Arm
 from cna_vllm.cli import main
+from cna_vllm.cli.ab_options import arms_of, flags, parser, steering_of
 from cna_vllm.evaluation.ab import compare
 from cna_vllm.evaluation.answers import collect
 from cna_vllm.evaluation.metrics import load_metric
 from cna_vllm.evaluation.outcomes import Analysis
 from cna_vllm.evaluation.result import MetricInfo
+from cna_vllm.vectors import VectorSet
 from tests.simulated_ab import ARMS, describe, prompt_sets, rows
 
 AB = "ab m --circuit f=c.json --multiplier 0 --prompts p.txt --metric length --out o"
+
+THREE = "--vector u=v.st --vector v=v.st --vector w=v.st"
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Circuit("org/tiny", "LlamaForCausalLM", 2, 8, (Neuron(1, 3, -2.0),)).save(tmp_path / "c.json")
+    ones = np.ones(4, dtype=np.float32)
+    VectorSet("mlp", "org/tiny", "LlamaForCausalLM", 2, 4, {1: ones}).save(tmp_path / "v.st")
     (tmp_path / "p.txt").write_text("a\nb\n")
     (tmp_path / "q.txt").write_text("c\n")
     (tmp_path / "sub").mkdir()
@@ -76,7 +84,15 @@ def said(capsys: pytest.CaptureFixture[str], line: str) -> str:
         (f"{AB} --circuit g", "--circuit 'g': write it as NAME=FILE"),
         (f"{AB} --circuit f=c.json", "'f' is given twice"),
         (f"{AB} --circuit g=none.json", "none.json: cannot be read"),
-        (f"{AB} --vector v=none.safetensors", "none.safetensors"),
+        (f"{AB} --vector v=none.safetensors", "none.safetensors: cannot be read"),
+        (f"{AB} --vector v=c.json", "c.json: is not a safetensors file"),
+        (f"{AB} --vector v", "--vector 'v': write it as NAME=FILE"),
+        (f"{AB} --vector v=v.st --vector v=v.st", "--vector: the name 'v' is given twice"),
+        (f"{AB} --vector f=v.st", "--vector: 'f' is also a circuit; rename one of them"),
+        (f"{AB} --vector v=v.st --arm x=w@1", "no circuit is named 'w'; add --circuit or --vector"),
+        (f"{AB} --vector v=v.st --arm x=v@nan", "cna_coefficient: must be finite"),
+        (f"{AB} --vector v=v.st --arm x=v@1e4", "cna_coefficient: 10000 is over the limit"),
+        (f"{AB} {THREE} --arm x=u@1+v@1+w@1", "cna_vector: 3 vectors on one request"),
         (f"{AB} --arm x=g@0", "no circuit is named 'g'"),
         (f"{AB} --arm f@0", "'f@0' is given twice"),
         (f"{AB} --arm x=f", "is not CIRCUIT@M"),
@@ -122,6 +138,28 @@ def said(capsys: pytest.CaptureFixture[str], line: str) -> str:
 def test_bad_input(folder: Path, capsys: pytest.CaptureFixture[str], line: str, says: str) -> None:
     assert says in said(capsys, line)
     assert not (folder / "o").exists()
+
+
+def test_arms_of_circuits_and_vectors(folder: Path) -> None:
+    line = "--circuit f=c.json --multiplier 1 0 --scope last all --vector v=v.st --arm caa=v@-1:all"
+    given = flags(parser().parse_args([*line.split(), "--arm", "both=f@0+v@0.5"]))
+    section, steering = steering_of(given)
+    assert section == {
+        "circuits": {"f": str(folder / "c.json")},
+        "vectors": {"v": str(folder / "v.st")},
+        "max_vectors": 1,
+    }
+    assert steering["v"] == {
+        "file": str(folder / "v.st"),
+        "digest": VectorSet.load("v.st").digest,
+    }
+    assert arms_of(given) == [
+        Arm("plain"),
+        Arm("f@0", (("f", 0.0),)),
+        Arm("f@0:all", (("f", 0.0),), "all"),
+        Arm("caa", (), "all", (("v", -1.0),)),
+        Arm("both", (("f", 0.0),), "last", (("v", 0.5),)),
+    ]
 
 
 @pytest.fixture

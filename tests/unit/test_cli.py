@@ -23,6 +23,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     (tmp_path / "p.txt").write_text("a\nb\n")
     (tmp_path / "there.json").write_text("{}")
+    (tmp_path / "there.safetensors").write_text("")
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "bad.json").write_text('{"format": "cna-circuit"}')
     (tmp_path / "foreign.json").write_text('{"1": [3, 7]}')
@@ -32,6 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 GENERATE = "generate m --circuit f=c.json --multiplier 0 --input p.txt --output o.jsonl"
 DISCOVER = "discover m --positive p.txt --negative p.txt --out o.json"
+VECTORS = "discover m --positive p.txt --negative p.txt --out o.safetensors --vectors mlp"
 
 
 @pytest.mark.parametrize(
@@ -84,6 +86,16 @@ DISCOVER = "discover m --positive p.txt --negative p.txt --out o.json"
         (f"{DISCOVER} --control there.json", "there.json: exists"),
         (f"{DISCOVER} --control o.json", "is also --out"),
         (f"{DISCOVER} --positive empty.txt", "empty.txt: holds no prompt"),
+        (f"{DISCOVER} --vectors attention", "invalid choice: 'attention'"),
+        (f"{DISCOVER} --vectors mlp", "o.json: vectors are safetensors files; name it V.safe"),
+        (f"{VECTORS} --top-k 5", "--vectors takes no --top-k; it is of circuits"),
+        (f"{VECTORS} --control r.json", "--vectors takes no --control"),
+        (f"{VECTORS} --universal none", "--vectors takes no --universal"),
+        (f"{VECTORS} --plot p.png", "--vectors takes no --plot"),
+        (f"{VECTORS} --raw --system x", "--system needs the chat template"),
+        (f"{VECTORS} --vectors residual", "is of one layer; name it: --layers L"),
+        (f"{VECTORS} --vectors residual --layers 1,2", "is of one layer"),
+        (f"{VECTORS} --out there.safetensors", "there.safetensors: exists"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

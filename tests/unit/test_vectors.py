@@ -87,6 +87,21 @@ def test_the_digest_is_that_of_the_content() -> None:
     assert len({v.digest for v in others}) == len(others)
 
 
+def test_the_summary() -> None:
+    vectors = make(dtype="float32", prompts={"positive": 2, "negative": 3, "digest": "d"})
+    assert vectors.summary().splitlines() == [
+        "model   'm' (LlamaForCausalLM, 3 layers, hidden size 4)",
+        "form    mlp",
+        "layers  0, 2",
+        "norms   2 to 5",
+        f"digest  {vectors.digest}",
+        "found   at an unknown time in float32",
+        "prompts 2 positive, 3 negative",
+    ]
+    everywhere = make(vectors={0: ONES, 1: ONES, 2: ONES}, notes=("see",)).summary()
+    assert "layers  all 3" in everywhere and everywhere.endswith("note    see")
+
+
 def test_the_file_round_trips(tmp_path: Path) -> None:
     path = tmp_path / "v.safetensors"
     vectors = make(dtype="float32", prompts={"positive": 2}, created="2026-01-01", notes=("n",))

@@ -130,10 +130,12 @@ def render(result: Result, answers: Answers, *, most_prompts: int = MOST_PROMPTS
     script = (_FOLDER / "report.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     binary = [metric for metric in result.metrics if metric.kind == "binary"]
+    sections = list(_sections(result))
     return environment.get_template("report.html.j2").render(
         result=result,
         test=result.test,
-        sections=list(_sections(result)),
+        sections=sections,
+        axes=list(dict.fromkeys(chart.axis for one in sections for chart in one.doses)),
         transcripts=_transcripts(result, answers, binary, most_prompts),
         binary=binary,
         methods=methods(result),
