@@ -119,10 +119,11 @@ def runs(folder: Path, judge: Endpoint) -> dict[str, dict[str, Any]]:
     eval_ += ["--mmlu-limit", str(QUESTIONS)]
     out = ["--out", str(folder / "out")]
     whole = [*eval_, "--parts", *PARTS, *out]
-    partial = str(folder / "out" / "sweep" / "answers.jsonl.partial")
+    # Ten rows, of which four run at a time: once there are some, others are still to come.
+    partial = str(folder / "out" / "caa" / "answers.jsonl.partial")
     lives: dict[str, tuple[list[str], list[Any] | None]] = {
         "estimate": ([*eval_, "--parts", *PARTS, "--estimate"], None),
-        "killed": ([*eval_, "--parts", "sweep", *out], [partial, 3]),
+        "killed": ([*eval_, "--parts", "caa", *out], [partial, 3]),
         "failed": (whole, None),
         "rest": ([*eval_, "--parts", "structure", "strongreject", *out], None),
         "again": (whole, None),

@@ -118,7 +118,7 @@ class Task:
         path = Path(task)
         if path.suffix in (".yaml", ".yml"):
             if not path.is_file():
-                raise HarnessError(f"{task}: no such file; name a task or its YAML file")
+                raise HarnessError(f"--mmlu {task}: no such file; name a task or its YAML file")
             group = re.search(r"(?m)^group:", path.read_text("utf-8"))
             folder = str(path.parent.resolve())
             self._manager = TaskManager(include_path=folder, include_defaults=group is not None)
@@ -127,8 +127,8 @@ class Task:
             self._manager, self.name = TaskManager(), task
         if self.name not in self._manager.all_tasks:
             raise HarnessError(
-                f"{self.name}: is not a task of lm-evaluation-harness; of a YAML file, its name "
-                "must equal its field 'task' or 'group'"
+                f"--mmlu {self.name}: is not a task of lm-evaluation-harness; of a YAML file, its "
+                "name must equal its field 'task' or 'group'"
             )
         self.num_fewshot, self.limit = num_fewshot, limit
 
@@ -153,7 +153,10 @@ class Task:
                         texts.append("".join(instance.args[:2]))
         except Exception as error:  # a task is a program, and its data may come from anywhere
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise HarnessError(f"{self.name}: cannot be used: {reason}") from error
+            raise HarnessError(
+                f"--mmlu {self.name}: cannot be used ({reason}); local data is named in a task's "
+                "YAML file"
+            ) from error
         return texts
 
     def accuracy(self, llm: LLM, arm: Arm) -> dict[str, Any]:
