@@ -3,6 +3,8 @@
 
     python benchmarks/serving.py [--model M] [--restarts 3] [--rounds 3] [--record]
 
+Shorter, for 2 cores: --restarts 2 --rounds 2 --requests 12 --tokens 16.
+
 Part ``load``: our server and plain vLLM's (no plugin loaded) are up side by side and take turns
 with the same traffic. Variants: ``stock``; ``control``, a second plain server, whose ratio to
 ``stock`` is 1 but for noise; ``idle``, ours, no request steered; ``mixed``, ours, every request in
