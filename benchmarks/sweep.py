@@ -218,10 +218,12 @@ def main() -> None:
             print(f"restart {number + 1} of {args.restarts}", file=sys.stderr)
     table = {clock: ratios(restarts, clock) for clock in ("wall", "cpu")}
     cached = cached_tokens(restarts)
+    stock = round(statistics.median(r[STOCK]["wall"] for rounds in restarts for r in rounds), 1)
     print(f"{'ratio of tokens/s':28} {'lowest':>8} {'median':>8} {'highest':>8}")
     for clock, rows in table.items():
         for name, (low, middle, high) in rows.items():
             print(f"{name + ', ' + clock:28} {low:8.3f} {middle:8.3f} {high:8.3f}")
+    print(f"tokens/s, {STOCK}: {stock:.1f}")
     for variant, counts in cached.items():
         print(f"cached prompt tokens, {variant}: {', '.join(f'{n:,}' for n in counts)}")
     row = {
@@ -231,9 +233,7 @@ def main() -> None:
         **{name: getattr(args, name) for name in ("arms", "scope", "prompts", "words", "tokens")},
         **{name: getattr(args, name) for name in ("restarts", "rounds", "batch", "block")},
         "compiled": args.compiled,
-        "stock_tokens_per_second": round(
-            statistics.median(r[STOCK]["wall"] for rounds in restarts for r in rounds), 1
-        ),
+        "stock_tokens_per_second": stock,
         "cached_prompt_tokens": cached,
         "ratios": table,
         **provenance(),
