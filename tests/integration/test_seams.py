@@ -79,6 +79,7 @@ def test_engine_core_seams() -> None:
 
 def test_api_server_seams() -> None:
     """Serving classes are there before the engine, routes are made after it."""
+    from vllm.config import ParallelConfig
     from vllm.entrypoints.launchers import app
     from vllm.entrypoints.launchers.api_server import entry, routers
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -88,6 +89,7 @@ def test_api_server_seams() -> None:
     assert parameters(BaseServing._maybe_get_adapters)[:2] == ["self", "request"]
     assert parameters(OpenAIServingModels.model_name) == ["self", "lora_request"]
     assert parameters(OpenAIServingModels._check_load_lora_adapter_request) == ["self", "request"]
+    assert {"_api_process_count", "_api_process_rank"} <= set(ParallelConfig.__dataclass_fields__)
     source = inspect.getsource(entry)
     assert "from .app_state import" in source.split("def ")[0]
     assert "register_generate_api_routers" not in vars(routers) and "routers" not in vars(app)
