@@ -29,7 +29,7 @@ style: setup ## lint and type checks
 
 test: style ## style, and all tests, those with a real engine included
 	@bash .ci/browser.sh >/dev/null || true
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(TEST_JOBS)
 
 bench: setup ## run every benchmark; add RECORD=1 to append to benchmarks/results
 	@set -e; for name in act_and_mul_scaled engine_throughput sweep discovery serving; do \

@@ -24,7 +24,7 @@ from tests.engine_job import ROOT, V1
 from tests.oracles import Arm, HookedModel, assert_token_exact
 from tests.vector_files import random_vectors, save_vectors
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.xdist_group("ab")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 MODEL_LENGTH = 64
 VECTORS = random_vectors("mlp", range(tiny_models.LAYERS), 1, 0.5)

@@ -31,7 +31,7 @@ from tests.openai_endpoint import GRADES, Endpoint, Reply, serving
 from tests.oracles import Arm, HookedModel, Vectors, assert_token_exact
 from tests.paper_fixtures import BENIGN, HARMFUL
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.xdist_group("eval")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 PROMPTS, TOKENS, QUESTIONS = 2, 6, 3
 # The command, again and again, with the engine of its first run. Where a life shall be killed, it

@@ -21,7 +21,7 @@ from tests import oracles, tiny_models
 from tests.forked_cli import random_kills, run_lives
 from tests.oracles import HookedModel, assert_token_exact
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.xdist_group("generate")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 KILLS = 20
 ARMS = {

@@ -18,8 +18,6 @@ from cna_vllm.evaluation.outcomes import Analysis
 from cna_vllm.evaluation.report import write_report
 from tests.simulated_ab import ARMS, simulate
 
-pytestmark = pytest.mark.xdist_group("browser")
-
 SCRIPT = Path(__file__).parents[2] / ".ci" / "browser.sh"
 FLAGS = (
     "--headless",

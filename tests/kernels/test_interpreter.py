@@ -11,8 +11,6 @@ import pytest
 
 from tests.kernels import interpreter_worker
 
-pytestmark = pytest.mark.xdist_group("interpreter")  # one worker runs all cases
-
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:

@@ -15,8 +15,6 @@ from scipy import stats
 
 from cna_vllm.evaluation.statistics import Comparison, adjust, compare_arms
 
-pytestmark = pytest.mark.xdist_group("null")
-
 RUNS = 300
 PROMPTS = 60
 LEVEL = 0.05

@@ -15,7 +15,7 @@ from tests.integration.serving import bad_input
 from tests.integration.serving.deployment import Deployment, load
 from tests.integration.test_fail_closed import BAD_REQUESTS
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.xdist_group("serving")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
 def post(http: httpx.Client, route: str, body: Any) -> httpx.Response:

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests import tiny_models
 from tests.integration.serving.deployment import Deployment, load, unload
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.xdist_group("serving")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
 def test_control_is_seen_by_all_servers(deployed: Deployment) -> None:

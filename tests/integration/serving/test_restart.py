@@ -23,7 +23,7 @@ from tests.integration.serving.deployment import (
 from tests.lora import merged
 from tests.oracles import Arm, HookedModel, assert_token_exact
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.xdist_group("serving")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
 def test_a_kill_loses_nothing_that_was_acknowledged(

@@ -14,7 +14,7 @@ from tests.integration.conftest import PLAIN
 from tests.integration.serving.deployment import QUESTION, TOKENS, Deployment, extra
 from tests.oracles import Arm, assert_token_exact
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.xdist_group("serving")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
 def test_every_form_of_selection_on_every_endpoint(deployed: Deployment, prompt: list[int]) -> None:
