@@ -4,6 +4,7 @@
 What is costly to set up is set up by one of them.
 """
 
+import gc
 import os
 from typing import Any
 
@@ -22,6 +23,13 @@ TOGETHER = (
     "tests/kernels/test_interpreter.py",
     "tests/unit/test_statistics_null.py",
 )
+
+
+def pytest_collection_finish() -> None:
+    """What was imported so far is not looked at again by collections, one of which statsmodels
+    asks for at every correction of p-values: 0.4 s each with all that these tests import."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
