@@ -19,7 +19,7 @@ import httpx
 import openai
 import psutil
 
-from tests.engine_job import ROOT, V1
+from tests.engine_job import ROOT, V1, own_core
 
 KEY = "secret"
 
@@ -63,6 +63,7 @@ def environment(**more: str) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "INFO",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        **own_core(),
         **more,
     }
 

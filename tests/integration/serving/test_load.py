@@ -54,7 +54,7 @@ class Traffic:
     def _change(self, done: threading.Event) -> None:
         rng = random.Random(1)
         with self.deployed.server.http() as http:
-            while not done.is_set():
+            while not done.wait(0.05):
                 if rng.random() < 0.2:
                     reply = unload(http, "circuit", "hot")
                     assert reply.status_code in (200, 404), reply.text
