@@ -27,8 +27,8 @@ style: setup ## lint and type checks
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: style ## style, and all tests, those with a real engine included
-	@bash .ci/browser.sh >/dev/null || true
+test: setup ## style, and all tests, those with a real engine included
+	@bash .ci/browser.sh >/dev/null & $(MAKE) --no-print-directory style && { wait; true; }
 	$(BIN)/python -m pytest -n $(TEST_JOBS)
 
 bench: setup ## run every benchmark; add RECORD=1 to append to benchmarks/results

@@ -85,6 +85,10 @@ def stand_in_driver() -> None:
 
     import triton
 
+    from tests.quick_interpreter import quicken
+
+    quicken()
+
     driver = SimpleNamespace(is_active=lambda: True)
     triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
 

@@ -35,6 +35,7 @@ from tests.kernels.cases import (
     make_x,
     same,
 )
+from tests.quick_interpreter import quicken
 
 ROWS: Final = 5
 
@@ -140,6 +141,8 @@ def to_bfloat16(data: Any) -> Any:
 def main() -> None:
     assert INTERPRETED
     from triton.runtime import interpreter
+
+    quicken()
 
     # Triton 3.9's interpreter truncates float32 to bfloat16, and loses bfloat16's subnormals.
     convert = interpreter._convert_float
