@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton's interpreter without what takes almost half of its time here and changes no result.
 
-It looks for an overflow after every sum and product of integers; patches the whole of
+It looks for an overflow after every sum and product of integers, and patches the whole of
 triton.language again at every call of a jitted function from another one, where only functions
-that name `triton.language.core` need that; and makes a table of types at every look into it.
+that name `triton.language.core` need that.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 
@@ -20,7 +19,6 @@ def quicken() -> None:
 
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
-    interpreter._get_np_dtype = cache(interpreter._get_np_dtype)
     call_patched = interpreter.InterpretedFunction.__call__
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
