@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
+# Set-up leaves bytecode to the first import of a module; without it, every process compiles.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Engines share a CPU well, but not the memory of one GPU.
 TEST_JOBS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
 

@@ -12,6 +12,9 @@ STAMP=$VENV/setup.stamp
 # PyTorch's documented home of the CPU wheels (torch==X+cpu), which other indexes do not carry.
 TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 
+# Bytecode comes with the first import of a module: that of all takes pip longer than the rest.
+unset PYTHONDONTWRITEBYTECODE
+
 device() {
     if [[ -n ${CNA_DEVICE:-} ]]; then
         echo "$CNA_DEVICE"
@@ -65,10 +68,10 @@ install() {
     local extras=$1
     local start
     start=$(($(wc -l <"$LOG") + 1))
-    stage "installing (several GB, a few minutes)" pip install -e ".[$extras]" && return
+    stage "installing (several GB, a few minutes)" pip install --no-compile -e ".[$extras]" && return
     if [[ $extras == cpu,* ]] && tail -n "+$start" "$LOG" | grep -Eq 'torch==[0-9.]+\+cpu'; then
         stage "again, with PyTorch's CPU wheels" \
-            pip install -e ".[$extras]" --extra-index-url "$TORCH_CPU_INDEX" && return
+            pip install --no-compile -e ".[$extras]" --extra-index-url "$TORCH_CPU_INDEX" && return
     fi
     return 1
 }

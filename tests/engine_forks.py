@@ -3,7 +3,8 @@
 most engines on tiny models live.
 
 What the import reads from the environment is fixed for all forks: whether Triton is interpreted.
-vLLM reads everything else when an engine starts, from the environment that each fork is given.
+Everything else is read when an engine starts, from the environment that each fork is given; what
+PyTorch and vLLM's logger read when imported is set from it again.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import functools
 import gc
 import importlib
 import json
+import logging
 import os
-import select
+import runpy
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _IMPORTS = (
     "transformers",
     "vllm",
+    "vllm.entrypoints.openai.api_server",
     "vllm.v1.engine.async_llm",
     "vllm.v1.engine.core",
     "vllm.v1.engine.llm_engine",
@@ -53,6 +57,29 @@ class Ended:
     output: str
 
 
+@dataclass
+class Fork:
+    """A running fork; what `subprocess.Popen` calls so."""
+
+    pid: int
+    ask: Callable[[Mapping[str, Any]], Any]
+    status: int | None = None
+
+    def poll(self) -> int | None:
+        if self.status is None:
+            self.status = self.ask({"status": self.pid})
+        return self.status
+
+    def wait(self, timeout: float) -> int:
+        """Raises `subprocess.TimeoutExpired`."""
+        end = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(f"fork {self.pid}", timeout)
+            time.sleep(0.01)
+        return status
+
+
 class Forks:
     """A process that imports once and then runs each call in a fork."""
 
@@ -65,6 +92,7 @@ class Forks:
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
                 "VLLM_LOGGING_LEVEL": "WARNING",
+                "OMP_NUM_THREADS": "1",  # a fork has none of the threads that OpenMP started
                 **({"TRITON_INTERPRET": "1"} if interpreted else {}),
             },
             stdin=subprocess.PIPE,
@@ -76,40 +104,44 @@ class Forks:
     def run(
         self, function: str, arguments: Sequence[Any], env: Mapping[str, str], timeout: int
     ) -> Ended:
-        """Calls ``module:function`` with JSON ``arguments`` in a fork with the environment ``env``.
+        """``start``, and waits for its end.
 
         Raises:
             TimeoutError: it ran longer than ``timeout`` seconds and was killed, with its children.
-            ForksFailed: there is no process to fork any more.
         """
         with tempfile.NamedTemporaryFile("r", errors="replace") as log:
-            job = {"function": function, "arguments": arguments, "env": dict(env), "log": log.name}
-            assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps(job) + "\n")
-            self._process.stdin.flush()
-            child = self._reply(timeout)["pid"]
+            fork = self.start(function, arguments, env, Path(log.name))
             try:
-                return Ended(self._reply(timeout)["status"], log.read())
-            except TimeoutError:
-                os.killpg(child, signal.SIGKILL)
-                self._reply(60)
-                raise
+                return Ended(fork.wait(timeout), log.read())
+            except subprocess.TimeoutExpired:
+                os.killpg(fork.pid, signal.SIGKILL)
+                fork.wait(60)
+                raise TimeoutError(f"no end after {timeout} s\n{log.read()[-20000:]}") from None
+
+    def start(
+        self, function: str, arguments: Sequence[Any], env: Mapping[str, str], log: Path
+    ) -> Fork:
+        """Calls ``module:function`` with JSON ``arguments`` in a fork with the environment ``env``,
+        leader of a process group of its own; all that it prints is added to ``log``.
+
+        Raises:
+            ForksFailed: there is no process to fork any more.
+        """
+        job = {"function": function, "arguments": arguments, "env": dict(env), "log": str(log)}
+        return Fork(self._ask({"start": job}), self._ask)
 
     def _end(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
 
-    def _reply(self, timeout: int) -> dict[str, int]:
-        assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], timeout)
-        if not ready:
-            raise TimeoutError(f"no end after {timeout} s")
-        line = self._process.stdout.readline()
-        if not line:
+    def _ask(self, request: Mapping[str, Any]) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        reply = self._process.stdout.readline()
+        if not reply:
             raise ForksFailed(f"ended with {self._process.wait(60)}; its stderr says why")
-        reply: dict[str, int] = json.loads(line)
-        return reply
+        return json.loads(reply)
 
 
 @functools.cache
@@ -127,33 +159,58 @@ def _serve() -> None:
         stand_in_driver()
     for name in _IMPORTS:
         importlib.import_module(name)
+    _need_no_imports()
     gc.collect()
     gc.freeze()  # or every fork would collect, and so copy, all that was imported
     for line in requests:
-        job = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            requests.close()
-            replies.close()
-            _run(job)
-            return
-        print(json.dumps({"pid": child}), file=replies, flush=True)
-        _, status = os.waitpid(child, 0)
-        reply = {"status": os.waitstatus_to_exitcode(status)}
+        request = json.loads(line)
+        if "start" in request:
+            reply = os.fork()
+            if reply == 0:
+                requests.close()
+                replies.close()
+                _run(request["start"])
+                return
+        else:
+            pid, status = os.waitpid(request["status"], os.WNOHANG)
+            reply = os.waitstatus_to_exitcode(status) if pid else None
         print(json.dumps(reply), file=replies, flush=True)
 
 
+def _need_no_imports() -> None:
+    """What vLLM would do in processes that import everything once more, is done in forks (API
+    servers, engine cores, workers) or on the spot (a look at a model's class)."""
+    from multiprocessing import context, popen_fork
+
+    from vllm.model_executor.models import registry
+
+    context.SpawnProcess._Popen = staticmethod(popen_fork.Popen)
+    registry._run_in_subprocess = lambda look: look()
+
+
 def _run(job: Mapping[str, Any]) -> None:
+    import torch
+
     os.setsid()  # one group with whatever processes it starts
-    log = os.open(job["log"], os.O_WRONLY)
+    log = os.open(job["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.clear()
     os.environ.update(job["env"])
+    torch._dynamo.config.disable = os.environ.get("TORCH_COMPILE_DISABLE") == "1"
+    logger = logging.getLogger("vllm")
+    for at in (logger, *logger.handlers):
+        at.setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "INFO"))
     module, _, function = job["function"].partition(":")
     getattr(importlib.import_module(module), function)(*job["arguments"])
+
+
+def run_module(name: str, arguments: Sequence[str]) -> None:
+    """As `python -m name` does."""
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ def run_engine(
                 "VLLM_LOGGING_LEVEL": "WARNING",
                 "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
                 "HF_HUB_OFFLINE": "1",
+                # Even an eager engine has a function compiled, which takes 28 s.
+                "TORCH_COMPILE_DISABLE": "1" if engine.get("enforce_eager") else "0",
                 **own_core(),
                 **env,
             },

@@ -9,81 +9,97 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import json
 import os
 import random
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.engine_forks import ROOT, forks
 
 
-def run_lives(jobs: Sequence[Mapping[str, Any]], timeout: int = 900) -> list[list[dict[str, Any]]]:
-    """Runs each job to its end; returns its lives: exit status (minus a signal) and stderr.
+def run_lives(
+    jobs: Sequence[Mapping[str, Any]], timeout: int = 300, **env: str
+) -> list[list[dict[str, Any]]]:
+    """Runs each job to its end; returns its lives: exit status (minus a signal), stdout and stderr.
 
-    A job has `argv`, and optionally `kills`, each ending one life, after which the next one goes
-    on: {"signal": 9, "rows": n} once n more rows are in the partial file of `output`, or
-    {"signal": 9, "seconds": s} so long after the start of a life with an engine of its own. All
-    others have the first job's engine, whose only life is not a fork.
+    A job has `argv`, and optionally
+
+    kills: each ends one life, after which the next one goes on: {"signal": 9, "rows": n} once n
+        more rows are in the file `rows_of`, or {"signal": 9, "seconds": s} so long after the start
+        of a life with an engine of its own. All others have the first job's engine, whose only
+        life is not a fork.
+    unfinished: whether there is no life after the last kill.
+    keep: (folder, copy) made before it starts.
     """
-    from tests.engine_job import own_core
+    from tests.engine_job import V1_HERE, own_core
 
     with tempfile.TemporaryDirectory() as folder:
         job, result = Path(folder) / "job.json", Path(folder) / "result.json"
         job.write_text(json.dumps([dict(j) for j in jobs]))
-        done = subprocess.run(
-            [sys.executable, __file__, str(job), str(result)],
-            env={
+        ended = forks(interpreted=False).run(
+            "tests.forked_cli:live",
+            [str(job), str(result)],
+            {
                 **os.environ,
                 "VLLM_CPU_KVCACHE_SPACE": "1",
                 "VLLM_LOGGING_LEVEL": "ERROR",
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                "VLLM_USE_V2_MODEL_RUNNER": "0",
-                "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
                 "HF_HUB_OFFLINE": "1",
+                "TORCH_COMPILE_DISABLE": "1",  # the command sets it, for processes yet to start
+                "OMP_NUM_THREADS": "1",
                 **own_core(),
+                **V1_HERE,
+                **env,
             },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-            check=False,
+            timeout,
         )
-        assert done.returncode == 0, done.stdout[-5000:]
-        return json.loads(result.read_text())
+        assert ended.status == 0, ended.output[-5000:]
+        lives: list[list[dict[str, Any]]] = json.loads(result.read_text())
+        return lives
 
 
 def _lives(job: Mapping[str, Any], engine: Any) -> list[dict[str, Any]]:
-    lives = [_life(job, engine, kill) for kill in job.get("kills", [])]
-    return [*lives, _life(job, engine, None)]
+    if "keep" in job:
+        shutil.copytree(*job["keep"])
+    ends = [*job.get("kills", []), *([] if job.get("unfinished") else [None])]
+    return [_life(job, engine, end) for end in ends]
 
 
 def _life(job: Mapping[str, Any], engine: Any, kill: Mapping[str, Any] | None) -> dict[str, Any]:
+    from tqdm import tqdm
+
     from cna_vllm.cli import engine_args
 
-    with tempfile.TemporaryFile() as stderr:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if child == 0:
-            os.dup2(stderr.fileno(), 2)
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            # Else one semaphore for all lives, which one that is killed while it draws keeps.
+            tqdm.set_lock(threading.RLock())
             if "seconds" not in (kill or {}):
                 engine_args.launch = lambda args: engine
             _command(job["argv"])
         if kill is not None:
-            _wait_for(kill, Path(str(job["output"]) + ".partial"), child)
+            _wait_for(kill, Path(job["rows_of"]), child)
             os.kill(child, kill["signal"])
         _, status = os.waitpid(child, 0)
-        stderr.seek(0)
-        return {
-            "status": os.waitstatus_to_exitcode(status),
-            "stderr": stderr.read().decode("utf-8", "replace"),
-        }
+        return {"status": os.waitstatus_to_exitcode(status), "out": _text(out), "err": _text(err)}
+
+
+def _text(file: Any) -> str:
+    file.seek(0)
+    text: str = file.read().decode("utf-8", "replace")
+    return text
 
 
 def _first_life(job: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -96,12 +112,12 @@ def _first_life(job: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         started.append(launch(args))
         return started[0]
 
-    with tempfile.TemporaryFile("w+") as stderr, contextlib.redirect_stderr(stderr):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         engine_args.launch = keep
         status = main(list(job["argv"]))
         engine_args.launch = launch
-        stderr.seek(0)
-        return started[0], {"status": status, "stderr": stderr.read()}
+    return started[0], {"status": status, "out": out.getvalue(), "err": err.getvalue()}
 
 
 def _command(argv: Sequence[str]) -> None:
@@ -111,17 +127,18 @@ def _command(argv: Sequence[str]) -> None:
     try:
         status = main(list(argv))
     finally:
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 
 
-def _wait_for(kill: Mapping[str, Any], partial: Path, child: int) -> None:
+def _wait_for(kill: Mapping[str, Any], rows: Path, child: int) -> None:
     if "seconds" in kill:
         time.sleep(kill["seconds"])
         return
-    wanted = _lines(partial) + kill["rows"]
+    wanted = _lines(rows) + kill["rows"]
     # A child that ended by itself stays a zombie until it is waited for: it can be looked at.
-    while _lines(partial) < wanted and os.waitid(os.P_PID, child, _LOOK) is None:
+    while _lines(rows) < wanted and os.waitid(os.P_PID, child, _LOOK) is None:
         time.sleep(0.0005)
 
 
@@ -147,14 +164,11 @@ def random_kills(count: int, most_rows: int, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def _main(job_path: str, result_path: str) -> None:
+def live(job_path: str, result_path: str) -> None:
+    """What `run_lives` has a fork do."""
     first, *others = json.loads(Path(job_path).read_text())
     engine, life = _first_life(first)
     gc.collect()
     gc.freeze()  # or every life would collect all that was imported
     lives = [[life], *(_lives(job, engine) for job in others)]
     Path(result_path).write_text(json.dumps(lives))
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

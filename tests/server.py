@@ -19,7 +19,8 @@ import httpx
 import openai
 import psutil
 
-from tests.engine_job import ROOT, V1, own_core
+from tests.engine_forks import ROOT, Fork, forks
+from tests.engine_job import V1, own_core
 
 KEY = "secret"
 
@@ -28,7 +29,7 @@ KEY = "secret"
 class Server:
     """A running server and how to reach it."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Fork
     url: str
 
     def http(self, **options: Any) -> httpx.Client:
@@ -62,6 +63,7 @@ def environment(**more: str) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "INFO",
         "HF_HUB_OFFLINE": "1",
+        "TORCH_COMPILE_DISABLE": "1",  # even an eager engine has a function compiled: 28 s
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
         **own_core(),
         **more,
@@ -69,16 +71,32 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @contextmanager
-def serve(model: str, arguments: Sequence[str], log: Path, **env: str) -> Iterator[Server]:
-    """`cna-vllm serve` in a process group of its own; its output goes to ``log``."""
+def serve(
+    model: str, arguments: Sequence[str], log: Path, *, spawned: bool = False, **env: str
+) -> Iterator[Server]:
+    """`cna-vllm serve` in a process group of its own; its output goes to ``log``.
+
+    spawned: started by a shell's means, and so are its own processes; else all are forks of one
+    that has everything imported, which takes a fifth of the time.
+    """
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "cna_vllm", "serve", model, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--api-key", KEY, "--dtype", "float32", *arguments]
-    with open(log, "ab") as output:
-        process = subprocess.Popen(
-            command, env=environment(**env), stdout=output, stderr=output, start_new_session=True
+    argv = ["serve", model, "--host", "127.0.0.1", "--port", str(port)]
+    argv += ["--api-key", KEY, "--dtype", "float32", *arguments]
+    process: subprocess.Popen[bytes] | Fork
+    if spawned:
+        with open(log, "ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "cna_vllm", *argv],
+                env=environment(**env),
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+    else:
+        process = forks("TRITON_INTERPRET" in env).start(
+            "tests.engine_forks:run_module", ["cna_vllm", argv], environment(**env), log
         )
     server = Server(process, f"http://127.0.0.1:{port}")
     try:

@@ -56,9 +56,17 @@ def prefill_whole_on_cpu(args: EngineArgs) -> None:
 
 
 def launch(args: EngineArgs) -> LLM:
-    """Starts the engine."""
-    from vllm import LLM
+    """Starts the engine; an eager one on a CPU compiles nothing at all.
 
+    vLLM compiles one small function for log-probabilities, eager or not: most of a minute on a CPU,
+    where it gains nothing. Its workers there are processes that start anew, and PyTorch reads the
+    variable when they do.
+    """
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and args.enforce_eager:
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     llm: LLM = LLM.from_engine_args(args)
     return llm
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,8 +52,6 @@ def run(argv: list[str]) -> int:
             _say(f"the base model's circuit: {settings.base_model}")
             discover_base(args, settings, Path(options.out))
     add_section(args, section(settings))
-    if task is not None:
-        _compile_nothing_on_cpu(args)
     llm = launch(args)
     _say(durations(work, measure_speed(llm)))
     if options.estimate:
@@ -119,16 +116,6 @@ def _tokenizer(args: EngineArgs) -> Any:
         revision=args.tokenizer_revision or args.revision,
         trust_remote_code=args.trust_remote_code,
     )
-
-
-def _compile_nothing_on_cpu(args: EngineArgs) -> None:
-    """vLLM compiles one small function for prompt log-probabilities, eager or not: most of a
-    minute on a CPU, where it gains nothing. Its workers there are processes that start anew, and
-    PyTorch reads the variable when they do."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() and args.enforce_eager:
-        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 
 def _parser() -> OptionParser:

@@ -73,6 +73,12 @@ class Subject:
         single = [self.arm(("one", m), scope=scope) for m in MULTIPLIERS for scope in SCOPES]
         return [PLAIN, *single, self.arm(("one", 0.5), ("two", -1.0))]
 
+    def small_matrix(self) -> list[Arm]:
+        """Plain, two multipliers in every scope, and two circuits at once: for the interpreter,
+        where every row takes its time."""
+        single = [self.arm(("one", m), scope=scope) for m in (0.0, -1.0) for scope in SCOPES]
+        return [PLAIN, *single, self.arm(("one", 0.5), ("two", -1.0))]
+
     def requests(
         self, prompts: Sequence[Sequence[int]], arms: Sequence[Arm], **params: Any
     ) -> tuple[list[dict[str, Any]], list[tuple[Sequence[int], Arm]]]:

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from transformers import AutoTokenizer
 from cna_vllm import Circuit
 from cna_vllm.vectors import VectorSet
 from tests import tiny_models
-from tests.engine_job import ROOT, V1
+from tests.forked_cli import run_lives
 from tests.oracles import Arm, HookedModel, assert_token_exact
 from tests.vector_files import random_vectors, save_vectors
 
@@ -28,30 +25,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 MODEL_LENGTH = 64
 VECTORS = random_vectors("mlp", range(tiny_models.LAYERS), 1, 0.5)
-# The command, again and again, with the engine of its first run.
-COMMANDS = """
-import contextlib, io, json, shutil, sys
-from cna_vllm.cli import engine_args, main
-
-launch, engines, runs = engine_args.launch, [], []
-
-def keep(args):
-    if not engines:
-        engines.append(launch(args))
-    return engines[0]
-
-engine_args.launch = keep
-for argv in json.loads(sys.argv[1]):
-    if "--restart" in argv:
-        out = argv[argv.index("--out") + 1]
-        shutil.copytree(out, out[: -len("out")] + "sampled")
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main(argv)
-    runs.append({"status": status, "out": out.getvalue(), "err": err.getvalue()})
-with open(sys.argv[2], "w") as handle:
-    json.dump(runs, handle)
-"""
 CONFIG = """
 circuits: {f: c.json}
 vectors: {v: v.safetensors}
@@ -99,29 +72,15 @@ def runs(folder: Path) -> list[dict[str, Any]]:
     ab += ["--out", str(folder / "out")]
     greedy = ["--temperature", "0", "--samples", "1", "--metric", "length"]
     commands = [ab, ab, ["ab", "--from", str(folder / "out")], [*ab, *greedy]]
-    commands += [[*ab, *greedy, "--restart"]]
+    restart = {
+        "argv": [*ab, *greedy, "--restart"],
+        "keep": [str(folder / "out"), str(folder / "sampled")],
+    }
     sets = ["--positive", str(folder / "short.txt"), "--negative", str(folder / "long.txt")]
     found = ["--vectors", "mlp", "--layers", "1-3", "--out", str(folder / "found.safetensors")]
-    commands += [["discover", *engine, *sets, *found]]
-    saved = folder / "runs.json"
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS, json.dumps(commands), str(saved)],
-        env={
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-            "HF_HUB_OFFLINE": "1",
-            **V1,
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    results: list[dict[str, Any]] = json.loads(saved.read_text())
-    return results
+    discover = ["discover", *engine, *sets, *found]
+    lives = run_lives([*({"argv": argv} for argv in commands), restart, {"argv": discover}])
+    return [life for (life,) in lives]
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
+from tests.engine_forks import forks
 from tests.integration.conftest import PLAIN, Subject
 from tests.oracles import assert_token_exact
 from tests.server import environment
@@ -51,14 +50,14 @@ def test_a_batch_file(smollm2: Subject, tmp_path: Path) -> None:
             "both": {"circuit": ["one", "two"], "multiplier": [0.5, -1], "scope": "all"},
         },
     }
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.run_batch"]
-    command += ["-i", str(given), "-o", str(done), "--model", smollm2.path]
+    command = ["-i", str(given), "-o", str(done), "--model", smollm2.path]
     command += ["--served-model-name=smollm2", "--dtype=float32", "--enforce-eager"]
     command += ["--max-model-len=512", "--additional-config", json.dumps({"cna": section})]
-    run = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=600, check=False
+    runner = "vllm.entrypoints.openai.run_batch"
+    run = forks(interpreted=False).run(
+        "tests.engine_forks:run_module", [runner, command], environment(), timeout=600
     )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    assert run.status == 0, run.output[-6000:]
     replies = [json.loads(line) for line in done.read_text().splitlines()]
     assert [reply["custom_id"] for reply in replies] == [str(i) for i in range(len(lines))]
     prompt: list[int] = AutoTokenizer.from_pretrained(smollm2.path).apply_chat_template(

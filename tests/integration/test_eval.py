@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from cna_vllm.evaluation.paper.settings import PARTS
 from cna_vllm.models import default_model_path
 from cna_vllm.vectors import VectorSet
 from tests import paper_fixtures
-from tests.engine_job import ROOT, V1, own_core
+from tests.forked_cli import run_lives
 from tests.openai_endpoint import GRADES, Endpoint, Reply, serving
 from tests.oracles import Arm, HookedModel, Vectors, assert_token_exact
 from tests.paper_fixtures import BENIGN, HARMFUL
@@ -34,43 +32,6 @@ from tests.paper_fixtures import BENIGN, HARMFUL
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 PROMPTS, TOKENS, QUESTIONS = 2, 6, 3
-# The command, again and again, with the engine of its first run. Where a life shall be killed, it
-# is a fork, killed as soon as a file has so many lines.
-COMMANDS = """
-import contextlib, io, json, os, pathlib, signal, sys, time
-from cna_vllm.cli import engine_args, main
-
-launch, engines, runs = engine_args.launch, [], []
-
-def keep(args):
-    if not engines:
-        engines.append(launch(args))
-    return engines[0]
-
-def lines(path):
-    return path.read_bytes().count(b"\\n") if path.exists() else 0
-
-engine_args.launch = keep
-for argv, kill in json.loads(sys.argv[1]):
-    if kill:
-        child = os.fork()
-        if child == 0:
-            main(argv)
-            os._exit(0)
-        while lines(pathlib.Path(kill[0])) < kill[1] and not os.waitid(
-            os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
-        ):
-            time.sleep(0.001)
-        os.kill(child, signal.SIGKILL)
-        runs.append({"status": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])})
-        continue
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main(argv)
-    runs.append({"status": status, "out": out.getvalue(), "err": err.getvalue()})
-with open(sys.argv[2], "w") as handle:
-    json.dump(runs, handle)
-"""
 
 
 def grades(text: str) -> tuple[int, int, int]:
@@ -121,36 +82,17 @@ def runs(folder: Path, judge: Endpoint) -> dict[str, dict[str, Any]]:
     whole = [*eval_, "--parts", *PARTS, *out]
     # Ten rows, of which four run at a time: once there are some, others are still to come.
     partial = str(folder / "out" / "caa" / "answers.jsonl.partial")
-    lives: dict[str, tuple[list[str], list[Any] | None]] = {
-        "estimate": ([*eval_, "--parts", *PARTS, "--estimate"], None),
-        "killed": ([*eval_, "--parts", "caa", *out], [partial, 3]),
-        "failed": (whole, None),
-        "rest": ([*eval_, "--parts", "structure", "strongreject", *out], None),
-        "again": (whole, None),
-        "other": ([*whole, "--max-tokens", "9"], None),
+    caa = {"argv": [*eval_, "--parts", "caa", *out], "rows_of": partial, "unfinished": True}
+    jobs: dict[str, dict[str, Any]] = {
+        "estimate": {"argv": [*eval_, "--parts", *PARTS, "--estimate"]},
+        "killed": caa | {"kills": [{"signal": signal.SIGKILL, "rows": 2}]},
+        "failed": {"argv": whole},
+        "rest": {"argv": [*eval_, "--parts", "structure", "strongreject", *out]},
+        "again": {"argv": whole},
+        "other": {"argv": [*whole, "--max-tokens", "9"]},
     }
-    saved = folder / "runs.json"
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS, json.dumps(list(lives.values())), str(saved)],
-        env={
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "TORCH_COMPILE_DISABLE": "1",  # as the command itself has it, for other processes
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-            "HF_HUB_OFFLINE": "1",
-            "HF_DATASETS_CACHE": str(folder / "datasets"),
-            **own_core(),
-            **V1,
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    return dict(zip(lives, json.loads(saved.read_text()), strict=True))
+    lives = run_lives(list(jobs.values()), HF_DATASETS_CACHE=str(folder / "datasets"))
+    return {name: life for name, (life,) in zip(jobs, lives, strict=True)}
 
 
 @pytest.fixture(scope="module")

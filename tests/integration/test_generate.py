@@ -77,7 +77,10 @@ def command(folder: Path, output: str, *more: str, prompts: str = "in.jsonl") ->
     argv += ["--circuit", f"f={folder / 'c.json'}"]
     argv += [part for text, _, _ in ARMS.values() for part in ("--arm", text)]
     argv += ["--input", str(folder / prompts), "--output", str(folder / output)]
-    return {"argv": [*argv, "--max-tokens", "6", *more], "output": str(folder / output)}
+    return {
+        "argv": [*argv, "--max-tokens", "6", *more],
+        "rows_of": str(folder / f"{output}.partial"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +105,8 @@ def test_killed_at_random_it_ends_with_the_whole_file(
 ) -> None:
     *killed, last = lives["killed.jsonl"]
     assert [life["status"] for life in killed] == [-signal.SIGKILL] * KILLS
-    assert last["status"] == 0, last["stderr"]
-    went_on = [line for line in last["stderr"].splitlines() if line.startswith("going on: ")]
+    assert last["status"] == 0, last["err"]
+    went_on = [line for line in last["err"].splitlines() if line.startswith("going on: ")]
     assert len(went_on) == 1
     assert (folder / "killed.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
     assert not list(folder.glob("*.partial"))
@@ -114,17 +117,17 @@ def test_interrupted_it_says_how_to_go_on(
 ) -> None:
     interrupted, last = lives["interrupted.jsonl"]
     assert interrupted["status"] == 130
-    line = interrupted["stderr"].splitlines()[-1]
+    line = interrupted["err"].splitlines()[-1]
     assert line.startswith("cna-vllm: interrupted: ")
     assert "run the same command again to go on" in line and "Traceback" not in line
-    assert last["status"] == 0, last["stderr"]
+    assert last["status"] == 0, last["err"]
     assert (folder / "interrupted.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
 
 
 def test_the_whole_file(folder: Path, lives: dict[str, list[dict[str, Any]]]) -> None:
     (whole,) = lives["whole.jsonl"]
-    assert whole["status"] == 0, whole["stderr"]
-    assert "320/320" in whole["stderr"] and "tokens/s" in whole["stderr"]
+    assert whole["status"] == 0, whole["err"]
+    assert "320/320" in whole["err"] and "tokens/s" in whole["err"]
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     prompts, rows = prompt_rows(), read_rows(folder / "whole.jsonl")
     planned = [
@@ -181,8 +184,8 @@ def test_what_only_the_engine_knows_is_told_before_anything_is_generated(
 ) -> None:
     (life,) = lives["refused.jsonl"]
     assert life["status"] == 2
-    line = life["stderr"].splitlines()[-1]
+    line = life["err"].splitlines()[-1]
     assert line.startswith("cna-vllm: error: ")
     assert "bias.jsonl:2: sampling: token_id(s) [512] in logit_bias" in line
-    assert "Traceback" not in life["stderr"] and "tokens/s" not in life["stderr"]
+    assert "Traceback" not in life["err"] and "tokens/s" not in life["err"]
     assert not list(folder.glob("refused.jsonl*"))

@@ -132,7 +132,7 @@ def test_second_turn_of_a_conversation(tiny: Subject, runner: Mapping[str, str])
     arm = tiny.arm(("one", 0.0), scope="last")
     opening = {
         "prompt": turn,
-        "params": {"max_tokens": 2 * BLOCK, "ignore_eos": True, **tiny.fields(arm)},
+        "params": {"max_tokens": BLOCK, "ignore_eos": True, **tiny.fields(arm)},
     }
     engine = tiny.config(block_size=BLOCK)
     answer = run_engine(engine, [{"op": "generate", "requests": [opening]}], env=runner)

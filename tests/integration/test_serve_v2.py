@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,22 +11,17 @@ from typing import Any
 import pytest
 
 from tests import tiny_models
-from tests.engine_job import ROOT, V2
+from tests.engine_job import V2
 from tests.integration.conftest import PLAIN, Subject
 from tests.oracles import Arm, assert_token_exact
 from tests.server import serve
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-# Python runs a module of this name in every process before anything else.
-SITECUSTOMIZE = "from tests.engine_job import stand_in_driver; stand_in_driver()"
-
 
 def test_names_and_fields(tiny: Subject, tmp_path: Path) -> None:
     """Adapters and fields, mixed in one batch; and LoRA adapters may not take their names."""
-    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    folders = [str(tmp_path), str(ROOT), str(ROOT / "kernels")]
-    env = {**V2, "PYTHONPATH": os.pathsep.join(folders), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    env = {**V2, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     off, both = tiny.arm(("one", 0.0)), tiny.arm(("one", 0.5), ("two", -1.0), scope="all")
     lists = {"cna_circuit": ["one", "two"], "cna_multiplier": [0.5, -1.0], "cna_scope": "all"}
     forms: list[tuple[str, Mapping[str, Any] | None, Arm]] = [

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 from tests import tiny_models
 from tests.engine_job import V1, V1_HERE, V2, run_engine
 from tests.integration.conftest import PLAIN, Subject
-from tests.oracles import assert_token_exact
+from tests.oracles import Arm, assert_token_exact
 
 pytestmark = pytest.mark.engine
 
@@ -32,8 +32,15 @@ def steered_rows(wanted, outputs, circuit) -> int:
 
 
 def test_full_matrix_in_one_mixed_batch(smollm2: Subject, chats: list[list[int]]) -> None:
-    """8 prompts x (plain, 4 multipliers x 3 scopes, two circuits), 48 tokens, one batch."""
-    requests, wanted = smollm2.requests(chats, smollm2.matrix(), max_tokens=48)
+    """8 prompts, each plain and in every other of 4 multipliers x 3 scopes and two circuits; 48
+    tokens; one batch."""
+    plain, *steered = smollm2.matrix()
+    requests, wanted = [], []
+    for number, prompt in enumerate(chats):
+        arms = [plain, *steered[number % 2 :: 2]]
+        asked, given = smollm2.requests([prompt], arms, max_tokens=48)
+        requests += asked
+        wanted += given
     engine = smollm2.config(enable_prefix_caching=False, max_num_seqs=128)
     outputs, status = run_engine(
         engine, [{"op": "generate", "requests": requests}, {"op": "status"}], env=V1
@@ -67,14 +74,15 @@ SCHEDULES: dict[str, tuple[dict[str, object], str | None]] = {
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_v1(tiny: Subject, schedule: str) -> None:
     """The matrix on the V1 runner under every way of scheduling it."""
-    check_schedule(tiny, schedule, V1_HERE, tiny_models.prompts(8), max_tokens=32)
+    check_schedule(tiny, schedule, V1_HERE, tiny_models.prompts(8), tiny.matrix(), max_tokens=32)
 
 
 # The V2 runner of vLLM 0.32 and 0.33 has no n-gram speculation; drafts are tested below.
 @pytest.mark.parametrize("schedule", [s for s in SCHEDULES if s != "ngram"])
 def test_schedules_v2(tiny: Subject, schedule: str) -> None:
     """The GPU model runner with the real Triton kernel, both through the interpreter."""
-    check_schedule(tiny, schedule, V2, tiny_models.prompts(3, longest=26), max_tokens=12)
+    prompts = tiny_models.prompts(3, longest=26)
+    check_schedule(tiny, schedule, V2, prompts, tiny.small_matrix(), max_tokens=8)
 
 
 def check_schedule(
@@ -82,12 +90,11 @@ def check_schedule(
     schedule: str,
     runner: Mapping[str, str],
     prompts: list[list[int]],
+    arms: Sequence[Arm],
     max_tokens: int,
 ) -> None:
     options, metric = SCHEDULES[schedule]
-    requests, wanted = subject.requests(
-        prompts, subject.matrix(), max_tokens=max_tokens, ignore_eos=True
-    )
+    requests, wanted = subject.requests(prompts, arms, max_tokens=max_tokens, ignore_eos=True)
     steps: list[dict[str, object]] = [{"op": "generate", "requests": requests}]
     if metric:
         steps.append({"op": "metric", "name": metric})
@@ -106,7 +113,7 @@ def test_draft_model_is_left_alone(
     drafter = tiny_models.llama(tmp_path / "drafter", num_hidden_layers=1)
     speculative = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": 2}
     requests, wanted = tiny.requests(
-        tiny_models.prompts(2), tiny.matrix(), max_tokens=8, ignore_eos=True
+        tiny_models.prompts(2, longest=30), tiny.small_matrix(), max_tokens=8, ignore_eos=True
     )
     engine = tiny.config(speculative_config=speculative, disable_log_stats=False)
     outputs, drafted, status = run_engine(

@@ -20,7 +20,7 @@ from tests.oracles import Arm
 from tests.server import Server, serve
 
 TOKENS = 12
-KV_BLOCKS = 64  # of 128 tokens: 16 requests of the longest kind
+KV_BLOCKS = 40  # of 128 tokens: 10 requests of the longest kind
 QUESTION = "Name three fruits that are red."
 
 State = dict[str, dict[str, Any]]
@@ -38,10 +38,10 @@ class Deployment:
     stack: ExitStack
     server: Server = field(init=False)
 
-    def start(self, *more: str, **env: str) -> None:
-        arguments = [*self.arguments, *more]
+    def start(self, *more: str, spawned: bool = False) -> None:
+        arguments, log = [*self.arguments, *more], self.folder / "log"
         self.server = self.stack.enter_context(
-            serve(self.subject.path, arguments, self.folder / "log", **env)
+            serve(self.subject.path, arguments, log, spawned=spawned)
         )
 
     def write_circuit(self, name: str, seed: int) -> Mapping[int, tuple[int, ...]]:

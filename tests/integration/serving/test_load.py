@@ -17,7 +17,7 @@ from tests.oracles import Arm, Verdict, assert_token_exact
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-CLIENTS, TOKENS = 8, 5
+CLIENTS, TOKENS = 8, 4
 # Of all processes together; the engine alone holds 700 MiB of weights and cache.
 GROWTH_MIB = 32
 
