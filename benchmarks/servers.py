@@ -37,8 +37,16 @@ class Server:
 
     def memory(self) -> int:
         """Resident bytes of all its processes."""
+        return sum(p.memory_info().rss for p in self._processes())
+
+    def cpu_seconds(self) -> float:
+        """What all its processes have used so far."""
+        times = [p.cpu_times() for p in self._processes()]
+        return sum(t.user + t.system for t in times)
+
+    def _processes(self) -> list[psutil.Process]:
         first = psutil.Process(self.process.pid)
-        return sum(p.memory_info().rss for p in [first, *first.children(recursive=True)])
+        return [first, *first.children(recursive=True)]
 
 
 @contextmanager
@@ -94,9 +102,11 @@ class Traffic:
     ) -> dict[str, float]:
         """arms: bodies to be merged into requests, drawn at random.
 
-        Returns tokens per second and latencies in seconds; memory is the highest of all samples.
+        Returns tokens per second, the server's CPU time per token and latencies, in seconds; memory
+        is the highest of all samples.
         """
         peak = _Peak(server)
+        cpu = server.cpu_seconds()
         start = time.perf_counter()
         with ThreadPoolExecutor(self.clients) as pool:
             clients = [
@@ -104,8 +114,10 @@ class Traffic:
             ]
             latencies = sorted(second for client in clients for second in client.result())
         wall = time.perf_counter() - start
+        tokens = len(latencies) * self.tokens
         return {
-            "tokens_per_second": len(latencies) * self.tokens / wall,
+            "tokens_per_second": tokens / wall,
+            "cpu_per_token": (server.cpu_seconds() - cpu) / tokens,
             "p50": latencies[len(latencies) // 2],
             "p99": latencies[min(len(latencies) - 1, len(latencies) * 99 // 100)],
             "peak_mib": peak.stop() / 2**20,
@@ -114,13 +126,13 @@ class Traffic:
     def _client(
         self, server: Server, model: str, arms: Sequence[Mapping[str, Any]], number: int
     ) -> list[float]:
-        rng = random.Random(f"{self.seed} {number}")
+        rng, dice = (random.Random(f"{self.seed} {number} {what}") for what in ("prompts", "arms"))
         latencies = []
         with server.http() as http:
             for _ in range(self.requests):
                 prompt = [rng.randrange(100, 10_000) for _ in range(rng.randrange(8, 64))]
                 body = {"model": model, "prompt": prompt, "max_tokens": self.tokens}
-                body |= {"temperature": 0, "ignore_eos": True, **rng.choice(arms)}
+                body |= {"temperature": 0, "ignore_eos": True, **dice.choice(arms)}
                 start = time.perf_counter()
                 http.post("/v1/completions", json=body).raise_for_status()
                 latencies.append(time.perf_counter() - start)

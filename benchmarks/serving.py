@@ -14,8 +14,9 @@ memory of all processes of a server: before the rounds (after a warm-up that wri
 cache once), the highest during them, and after them.
 
 Part ``resident``: servers with 1, 100 and 1,000 circuits loaded over HTTP, every request steered by
-one of its server's circuits drawn at random. Time of a load, memory that a circuit costs, and
-tokens/s as a ratio to the server with the first count.
+one of its server's circuits drawn at random; and ``control``, a second server with the first count.
+Time of a load, memory that a circuit costs, tokens/s and the server's CPU time per token as ratios
+to the server with the first count.
 
 Rounds run all variants once, in rotated order, one at a time. A restart starts all processes anew,
 since two processes of one program differ by some percent for as long as they live. A ratio is the
@@ -150,7 +151,7 @@ def resident_restart(number: int, folder: Path, args: argparse.Namespace) -> dic
     loads = {}
     with ExitStack() as stack:
         servers: dict[str, Server] = {}
-        names = {str(count): count for count in args.counts}
+        names = {str(count): count for count in args.counts} | {"control": args.counts[0]}
         for name in rotated(list(names), number):
             more = [f"--circuit-dir={circuits}", f"--max-circuits={max(args.counts)}"]
             servers[name] = stack.enter_context(
@@ -204,17 +205,16 @@ def traffic(args: argparse.Namespace, seed: int) -> Traffic:
     return Traffic(args.clients, args.requests, args.tokens, seed)
 
 
-def ratios(restarts: Sequence[Sequence[Measured]], base: str) -> dict[str, list[float]]:
-    """variant -> [lowest restart, median, highest restart] of tokens/s as a ratio to ``base``."""
+def ratios(
+    restarts: Sequence[Sequence[Measured]], base: str, key: str = "tokens_per_second"
+) -> dict[str, list[float]]:
+    """variant -> [lowest restart, median, highest restart] of ``key`` as a ratio to ``base``."""
     found = {}
     for variant in restarts[0][0]:
         if variant == base:
             continue
         values = [
-            statistics.median(
-                one[variant]["tokens_per_second"] / one[base]["tokens_per_second"]
-                for one in measured
-            )
+            statistics.median(one[variant][key] / one[base][key] for one in measured)
             for measured in restarts
         ]
         figures = (min(values), statistics.median(values), max(values))
@@ -223,8 +223,8 @@ def ratios(restarts: Sequence[Sequence[Measured]], base: str) -> dict[str, list[
 
 
 def figures(restarts: Sequence[Sequence[Measured]]) -> Measured:
-    """variant -> median over all rounds of tokens/s, p50, p99, and changes where there are any."""
-    keys = ("tokens_per_second", "p50", "p99", "changes")
+    """variant -> median over all rounds of each figure, and of changes where there are any."""
+    keys = ("tokens_per_second", "cpu_per_token", "p50", "p99", "changes")
     return {
         variant: {
             key: round(statistics.median(one[variant][key] for r in restarts for one in r), 4)
@@ -235,15 +235,17 @@ def figures(restarts: Sequence[Sequence[Measured]]) -> Measured:
     }
 
 
-def show(title: str, found: Measured, quotients: Mapping[str, Sequence[float]]) -> None:
-    print(f"{title:24} {'tokens/s':>9} {'p50 s':>8} {'p99 s':>8}")
+def show(title: str, found: Measured, quotients: Mapping[str, Any]) -> None:
+    print(f"{title:24} {'tokens/s':>9} {'CPU ms':>8} {'p50 s':>8} {'p99 s':>8}")
     for variant, values in found.items():
         rate, p50, p99 = values["tokens_per_second"], values["p50"], values["p99"]
+        cpu = 1000 * values["cpu_per_token"]
         more = f"  {values['changes']:.0f} changes a round" if "changes" in values else ""
-        print(f"{variant:24} {rate:9.1f} {p50:8.3f} {p99:8.3f}{more}")
-    print(f"{'ratio of tokens/s':24} {'lowest':>9} {'median':>8} {'highest':>8}")
-    for name, (low, middle, high) in quotients.items():
-        print(f"{name:24} {low:9.3f} {middle:8.3f} {high:8.3f}")
+        print(f"{variant:24} {rate:9.1f} {cpu:8.2f} {p50:8.3f} {p99:8.3f}{more}")
+    for of, found_ratios in quotients.items():
+        print(f"{f'ratio of {of}':24} {'lowest':>9} {'median':>8} {'highest':>8}")
+        for name, (low, middle, high) in found_ratios.items():
+            print(f"{name:24} {low:9.3f} {middle:8.3f} {high:8.3f}")
 
 
 def main() -> None:
@@ -280,7 +282,11 @@ def main() -> None:
                 print(f"{part}: restart {number + 1} of {args.restarts}", file=sys.stderr)
         measured = [one.pop("rounds") for one in found]
         base = next(iter(measured[0][0])) if part == "resident" else "stock"
-        values, quotients = figures(measured), ratios(measured, base)
+        values = figures(measured)
+        quotients = {
+            "tokens/s": ratios(measured, base),
+            "CPU time per token": ratios(measured, base, "cpu_per_token"),
+        }
         show(part, values, quotients)
         for one in found:
             print(one)

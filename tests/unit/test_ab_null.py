@@ -7,6 +7,7 @@ same in both arms. Bounds are those of the binomial distribution at 99.9%; seeds
 
 from __future__ import annotations
 
+import gc
 import random
 
 import pytest
@@ -22,6 +23,13 @@ from tests.simulated_ab import REFUSAL, describe, prompt_sets
 RUNS, PROMPTS, LEVEL, CERTAINTY = 200, 40, 0.05, 0.999
 ARMS = [parse_arm("plain"), parse_arm("again=refusal@0")]
 METRICS = load_metrics(["refusal", "length:unit=words"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> None:
+    """statsmodels' multipletests collects garbage in every call; this leaves it little to walk."""
+    gc.collect()
+    gc.freeze()
 
 
 def run(seed: int, samples: int, shift: float = 0.0) -> Result:

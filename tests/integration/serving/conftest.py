@@ -51,7 +51,7 @@ def deployed(smollm2: Subject, tmp_path_factory: pytest.TempPathFactory) -> Iter
     ]
     with ExitStack() as stack:
         deployment = Deployment(smollm2, folder, arms, arguments, stack)
-        deployment.start(spawned=True)
+        deployment.start("--distributed-executor-backend=uni", spawned=True)
         yield deployment
 
 

@@ -20,7 +20,7 @@ from tests.oracles import Arm
 from tests.server import Server, serve
 
 TOKENS = 12
-KV_BLOCKS = 40  # of 128 tokens: 10 requests of the longest kind
+KV_BLOCKS = 20  # of 128 tokens: 16 short requests, or 5 of the longest kind
 QUESTION = "Name three fruits that are red."
 
 State = dict[str, dict[str, Any]]
