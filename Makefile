@@ -11,9 +11,8 @@ export VLLM_LOGGING_LEVEL ?= WARNING
 # Set-up leaves bytecode to the first import of a module; without it, every process compiles.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Engines share a CPU well, but not the memory of one GPU. Three keep two cores busy: a fourth of
-# the time is waiting for a server or a clock.
-TEST_JOBS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,3)
+# Engines share a CPU well, but not the memory of one GPU.
+TEST_JOBS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
 
 .PHONY: help setup demo test style bench
 .DEFAULT_GOAL := help

@@ -79,12 +79,21 @@ install() {
 # These three come in as dependencies, but their builds do not always fit the CPU build of torch,
 # and transformers cannot be imported beside a broken one. Text generation needs none of them.
 remove_broken() {
-    local package
-    for package in torchvision torchaudio torchcodec; do
-        if pip show -q "$package" 2>/dev/null && ! "$VENV/bin/python" -c "import $package"; then
-            pip uninstall -y "$package"
-        fi
-    done
+    local broken
+    broken=$("$VENV/bin/python" -c '
+import importlib.metadata, os, torch
+installed = {found.name for found in importlib.metadata.distributions()}
+for name in {"torchvision", "torchaudio", "torchcodec"} & installed:
+    child = os.fork()
+    if child == 0:
+        os.dup2(2, 1)
+        __import__(name)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print(name)
+')
+    # shellcheck disable=SC2086  # one word a package
+    [[ -z $broken ]] || pip uninstall -y $broken
 }
 
 main() {

@@ -61,7 +61,7 @@ def run_engine(
                 "HF_HUB_OFFLINE": "1",
                 # Even an eager engine has a function compiled, which takes 28 s.
                 "TORCH_COMPILE_DISABLE": "1" if engine.get("enforce_eager") else "0",
-                **any_core(),
+                **own_core(),
                 **env,
             },
             timeout,
@@ -71,10 +71,14 @@ def run_engine(
         return json.loads(result.read_text())
 
 
-def any_core() -> dict[str, str]:
-    """Under pytest-xdist, where every process has one thread: each engine runs where there is
-    room; left alone, all bind to the same core."""
-    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if "PYTEST_XDIST_WORKER" in os.environ else {}
+def own_core() -> dict[str, str]:
+    """Under pytest-xdist, a core for each worker's engines; left alone, all bind to the same."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None:
+        return {}
+    return {
+        "VLLM_CPU_OMP_THREADS_BIND": str(int(worker.removeprefix("gw")) % (os.cpu_count() or 1))
+    }
 
 
 def stand_in_driver() -> None:

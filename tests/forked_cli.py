@@ -40,7 +40,7 @@ def run_lives(
     unfinished: whether there is no life after the last kill.
     keep: (folder, copy) made before it starts.
     """
-    from tests.engine_job import V1_HERE, any_core
+    from tests.engine_job import V1_HERE, own_core
 
     with tempfile.TemporaryDirectory() as folder:
         job, result = Path(folder) / "job.json", Path(folder) / "result.json"
@@ -56,7 +56,7 @@ def run_lives(
                 "HF_HUB_OFFLINE": "1",
                 "TORCH_COMPILE_DISABLE": "1",  # the command sets it, for processes yet to start
                 "OMP_NUM_THREADS": "1",
-                **any_core(),
+                **own_core(),
                 **V1_HERE,
                 **env,
             },

@@ -20,7 +20,7 @@ import openai
 import psutil
 
 from tests.engine_forks import ROOT, Fork, forks
-from tests.engine_job import V1, any_core
+from tests.engine_job import V1, own_core
 
 KEY = "secret"
 
@@ -65,7 +65,7 @@ def environment(**more: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TORCH_COMPILE_DISABLE": "1",  # even an eager engine has a function compiled: 28 s
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-        **any_core(),
+        **own_core(),
         **more,
     }
 

@@ -59,11 +59,6 @@ NGRAM = {
     "prompt_lookup_min": 1,
     "prompt_lookup_max": 3,
 }
-# Numba takes 40 s to compile the loop over requests for several threads; Python runs it too.
-UNCOMPILED = """
-from vllm.v1.spec_decode import ngram_proposer as proposer
-proposer.batch_propose_numba = proposer.batch_propose_numba.py_func
-"""
 SCHEDULES: dict[str, tuple[dict[str, object], str | None]] = {
     "default": ({}, None),
     "chunked-16": ({"max_num_batched_tokens": 16, "enable_prefix_caching": False}, None),
@@ -104,8 +99,7 @@ def check_schedule(
     if metric:
         steps.append({"op": "metric", "name": metric})
     engine = subject.config(max_num_seqs=16, disable_log_stats=False, **options)
-    setup = UNCOMPILED if schedule == "ngram" else ""
-    outputs, *counts = run_engine(engine, steps, env=runner, setup=setup)
+    outputs, *counts = run_engine(engine, steps, env=runner)
     assert_token_exact(subject.verdicts(wanted, outputs), schedule)
     if metric:
         assert counts[0] > 0, f"{metric} is 0: what this test is about did not happen"

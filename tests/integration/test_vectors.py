@@ -214,7 +214,7 @@ def assert_close(found: Any, expected: np.ndarray) -> None:
 def test_v2(steerable: Subject, files: dict[str, str]) -> None:
     """The GPU model runner with the real Triton kernels, both through the interpreter."""
     requests, wanted = steerable.requests(
-        tiny_models.prompts(2, longest=14), matrix(steerable), max_tokens=6, ignore_eos=True
+        tiny_models.prompts(2, longest=9), matrix(steerable), max_tokens=5, ignore_eos=True
     )
     steps, cache_wanted = (part[:8] for part in cache_steps(steerable))
     outputs, *cached = run_engine(

@@ -19,7 +19,7 @@ from tests.integration.conftest import Subject
 from tests.oracles import Arm
 from tests.server import Server, serve
 
-TOKENS = 12
+TOKENS = 8
 KV_BLOCKS = 20  # of 128 tokens: 16 short requests, or 5 of the longest kind
 QUESTION = "Name three fruits that are red."
 
