@@ -31,8 +31,8 @@ style: setup ## lint and type checks
 	$(BIN)/mypy
 
 test: setup ## style, and all tests, those with a real engine included
-	@bash .ci/browser.sh >/dev/null & $(MAKE) --no-print-directory style && { wait; true; }
-	$(BIN)/python -m pytest -n $(TEST_JOBS)
+	@$(MAKE) --no-print-directory style & style=$$!; bash .ci/browser.sh >/dev/null; \
+	$(BIN)/python -m pytest -n $(TEST_JOBS); tests=$$?; wait $$style && exit $$tests
 
 bench: setup ## run every benchmark; add RECORD=1 to append to benchmarks/results
 	@set -e; for name in act_and_mul_scaled engine_throughput sweep discovery serving; do \

@@ -30,11 +30,7 @@ from tests.vector_files import random_vectors, save_vectors
 
 pytestmark = pytest.mark.engine
 
-# Groups of prompts of different sizes, contrasted in pairs.
-GROUPS = {
-    name: tiny_models.prompts(count, seed)
-    for name, count, seed in (("a", 3, 11), ("b", 4, 12), ("c", 2, 13))
-}
+Groups = Mapping[str, list[list[int]]]
 CONTRASTS = (("a", "b"), ("c", "a"))
 SIZES = (1, 12, 60)
 
@@ -45,12 +41,18 @@ def test_steering_and_discovery(name: str, tmp_path: Path) -> None:
     check(name, tmp_path, V1_HERE, prompts=3, max_tokens=12)
 
 
+def prompt_groups(longest: int) -> Groups:
+    """Of different sizes, to be contrasted in pairs."""
+    sizes = (("a", 3, 11), ("b", 4, 12), ("c", 2, 13))
+    return {name: tiny_models.prompts(count, seed, longest) for name, count, seed in sizes}
+
+
 # Both activations, and vLLM's Transformers backend, whose rows have a leading dimension.
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "smollm3"])
 def test_steering_and_discovery_v2(name: str, tmp_path: Path) -> None:
-    """The same with shorter prompts and no vectors, through the GPU model runner and the Triton
+    """A small matrix, short prompts and no vectors, through the GPU model runner and the Triton
     kernel, both interpreted."""
-    check(name, tmp_path, V2, prompts=2, max_tokens=5, longest=8, vectors=False)
+    check(name, tmp_path, V2, prompts=2, max_tokens=5, small=True)
 
 
 def test_shared_experts_on_two_ranks(tmp_path: Path) -> None:
@@ -87,21 +89,22 @@ def check(
     *,
     prompts: int,
     max_tokens: int,
-    longest: int = 60,
-    vectors: bool = True,
+    small: bool = False,
     **options: Any,
 ) -> None:
     architecture = ARCHITECTURES[name]
     subject = build(name, folder)
-    vectors = vectors and bool(subject.vectors)
-    arms = subject.matrix()
+    vectors = not small and bool(subject.vectors)
+    arms = subject.small_matrix() if small else subject.matrix()
+    longest = 8 if small else 60
+    groups = prompt_groups(longest)
     cna: dict[str, Any] = {"circuits": dict(subject.files), "record": True}
     steps: list[dict[str, Any]] = []
     if vectors:
         arms += vector_arms(subject)
         files = save_vectors(folder, subject.vectors, architecture.model_class)
         cna |= {"vectors": files, "max_vectors": len(files)}
-        sets = {"positive": GROUPS["a"], "negative": GROUPS["b"]}
+        sets = {"positive": groups["a"], "negative": groups["b"]}
         steps = [{"op": "mean_difference", **sets, "form": form} for form in FORMS]
     requests, wanted = subject.requests(
         tiny_models.prompts(prompts, longest=longest), arms, max_tokens=max_tokens, ignore_eos=True
@@ -110,7 +113,7 @@ def check(
         subject.config(additional_config={"cna": cna}, **options),
         [
             {"op": "generate", "requests": requests},
-            {"op": "record", "groups": GROUPS},
+            {"op": "record", "groups": groups},
             {"op": "hooks"},
             {"op": "status"},
             *steps,
@@ -129,9 +132,9 @@ def check(
     assert_token_exact(verdicts, name)
     texts = {tuple(o["token_ids"][0]) for o in outputs}
     assert len(texts) > len(outputs) / 2, "the arms must change the text for this to prove much"
-    check_discovery(subject.oracle, means)
+    check_discovery(subject.oracle, groups, means)
     for form, difference in zip(FORMS, differences, strict=vectors):
-        check_difference(subject.oracle, difference, form)
+        check_difference(subject.oracle, groups, difference, form)
 
 
 def vector_arms(subject: Subject) -> list[Arm]:
@@ -173,11 +176,11 @@ def build(name: str, folder: Path) -> Subject:
     return Subject(str(folder / "model"), oracle, circuits, files, engine, vectors)
 
 
-def check_discovery(oracle: HookedModel, means: Mapping[str, Any]) -> None:
+def check_discovery(oracle: HookedModel, groups: Groups, means: Mapping[str, Any]) -> None:
     """Recorded means, and every selection from them, are those of the oracle."""
     want = {
         group: np.mean([oracle.down_proj_inputs(p).double().numpy() for p in prompts], axis=0)
-        for group, prompts in GROUPS.items()
+        for group, prompts in groups.items()
     }
     for positive, negative in CONTRASTS:
         ours = np.array(means[positive]) - np.array(means[negative])
@@ -186,10 +189,10 @@ def check_discovery(oracle: HookedModel, means: Mapping[str, Any]) -> None:
             check_selection(select_neurons(ours, k), delta, k)
 
 
-def check_difference(oracle: HookedModel, found: Any, form: str) -> None:
+def check_difference(oracle: HookedModel, groups: Groups, found: Any, form: str) -> None:
     """Within 1e-5 of the largest difference."""
     means = [
-        np.mean([oracle.outputs(p, form).double().numpy() for p in GROUPS[group]], axis=0)
+        np.mean([oracle.outputs(p, form).double().numpy() for p in groups[group]], axis=0)
         for group in ("a", "b")
     ]
     expected = means[0] - means[1]

@@ -36,7 +36,7 @@ CONTRASTS = (
         ["I hate this.", "What a terrible day!", "You are so cruel."],
     ),
 )
-SIZES = (1, 10, 46, 1000)
+SIZES = (10, 1000)
 STRICT = 46  # beyond it, two means may cancel so far that float32 itself loses 1e-4 of a delta
 
 
@@ -114,7 +114,7 @@ def universal_of(rows: torch.Tensor, k: int, threshold: float) -> list[int]:
     return np.flatnonzero(counts >= needed).tolist()
 
 
-def all_contrasts(sizes: Sequence[int] = SIZES) -> list[dict[str, Any]]:
+def all_contrasts(sizes: Sequence[int]) -> list[dict[str, Any]]:
     return [
         {
             "op": "discover",
@@ -128,9 +128,7 @@ def all_contrasts(sizes: Sequence[int] = SIZES) -> list[dict[str, Any]]:
     ]
 
 
-def check_all(
-    subject: Subject, found: Sequence[Mapping[str, Any]], sizes: Sequence[int] = SIZES
-) -> None:
+def check_all(subject: Subject, found: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> None:
     circuits = iter(found)
     for positive, negative in CONTRASTS:
         truth = Contrast.of(subject.oracle, chat(subject, positive), chat(subject, negative))
@@ -139,7 +137,7 @@ def check_all(
 
 
 def test_options_and_mixed_traffic(smollm2: Subject, chats: list[Ids]) -> None:
-    """One engine: two contrasts by three k, the packaged filter, rows, and other requests."""
+    """One engine: two contrasts by two k, the packaged filter, rows, and other requests."""
     positive, negative = CONTRASTS[0]
     sets = {"positive": positive, "negative": negative}
     french = {name: chat(smollm2, texts) for name, texts in sets.items()}
@@ -147,7 +145,7 @@ def test_options_and_mixed_traffic(smollm2: Subject, chats: list[Ids]) -> None:
         chats[:3], [PLAIN, *smollm2.matrix()[:4]], max_tokens=8, ignore_eos=True
     )
     steps = [
-        *all_contrasts(),
+        *all_contrasts(SIZES),
         {"op": "discover", **sets},
         {"op": "discover", **sets, "preset": "reference", "system": "Be brief."},
         {"op": "discover", **sets, "sign": "positive", "layers": [28, 29], "bootstrap": 5},
@@ -162,7 +160,7 @@ def test_options_and_mixed_traffic(smollm2: Subject, chats: list[Ids]) -> None:
     )
     results = run_engine(engine, steps)
     contrasts = len(CONTRASTS) * len(SIZES)
-    check_all(smollm2, results[:contrasts])
+    check_all(smollm2, results[:contrasts], SIZES)
     paper, reference, bootstrapped, held_out, rows, mixed = results[contrasts:]
 
     truth = Contrast.of(smollm2.oracle, french["positive"], french["negative"])
@@ -209,7 +207,7 @@ def test_chunked_prefill(smollm2: Subject) -> None:
     engine = smollm2.config(
         additional_config={"cna": {"record": True}}, max_num_batched_tokens=16, max_num_seqs=8
     )
-    check_all(smollm2, run_engine(engine, all_contrasts(SIZES[1:2])), SIZES[1:2])
+    check_all(smollm2, run_engine(engine, all_contrasts(SIZES[:1])), SIZES[:1])
 
 
 PLANTED = (1, 17)

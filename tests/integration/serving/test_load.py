@@ -18,7 +18,7 @@ from tests.oracles import Arm, Verdict, assert_token_exact
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-CLIENTS, TOKENS = 8, 5
+CLIENTS, TOKENS = 8, 4
 # Without a chat template's system prompt, which would be most of the work.
 PROMPTS = (
     "The capital of France is",
