@@ -53,22 +53,28 @@ def run_engine(
         ended = forks("TRITON_INTERPRET" in env).run(
             "tests.engine_job:run_job",
             [str(job), str(result)],
-            {
-                **os.environ,
-                "VLLM_CPU_KVCACHE_SPACE": "1",
-                "VLLM_LOGGING_LEVEL": "WARNING",
-                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-                "HF_HUB_OFFLINE": "1",
-                # Even an eager engine has a function compiled, which takes 28 s.
-                "TORCH_COMPILE_DISABLE": "1" if engine.get("enforce_eager") else "0",
-                **own_core(),
-                **env,
-            },
+            environment(
+                **{"TORCH_COMPILE_DISABLE": "1" if engine.get("enforce_eager") else "0", **env}
+            ),
             timeout,
         )
         if ended.status != 0 or not result.exists():
             raise EngineFailed(f"engine ended with {ended.status}\n{ended.output[-20000:]}")
         return json.loads(result.read_text())
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a process that has an engine."""
+    return {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "HF_HUB_OFFLINE": "1",
+        "TORCH_COMPILE_DISABLE": "1",  # even an eager engine has a function compiled: 28 s
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        **own_core(),
+        **more,
+    }
 
 
 def own_core() -> dict[str, str]:

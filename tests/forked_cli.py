@@ -23,7 +23,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.engine_forks import ROOT, forks
+from tests.engine_forks import forks
+from tests.engine_job import V1_HERE, environment
 
 
 def run_lives(
@@ -40,26 +41,15 @@ def run_lives(
     unfinished: whether there is no life after the last kill.
     keep: (folder, copy) made before it starts.
     """
-    from tests.engine_job import V1_HERE, own_core
-
     with tempfile.TemporaryDirectory() as folder:
         job, result = Path(folder) / "job.json", Path(folder) / "result.json"
         job.write_text(json.dumps([dict(j) for j in jobs]))
         ended = forks(interpreted=False).run(
             "tests.forked_cli:live",
             [str(job), str(result)],
-            {
-                **os.environ,
-                "VLLM_CPU_KVCACHE_SPACE": "1",
-                "VLLM_LOGGING_LEVEL": "ERROR",
-                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-                "HF_HUB_OFFLINE": "1",
-                "TORCH_COMPILE_DISABLE": "1",  # the command sets it, for processes yet to start
-                "OMP_NUM_THREADS": "1",
-                **own_core(),
-                **V1_HERE,
-                **env,
-            },
+            environment(
+                **{"VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", **V1_HERE, **env}
+            ),
             timeout,
         )
         assert ended.status == 0, ended.output[-5000:]

@@ -19,8 +19,9 @@ import httpx
 import openai
 import psutil
 
-from tests.engine_forks import ROOT, Fork, forks
-from tests.engine_job import V1, own_core
+from tests import engine_job
+from tests.engine_forks import Fork, forks
+from tests.engine_job import V1
 
 KEY = "secret"
 
@@ -53,21 +54,12 @@ class Server:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a process that has an engine, on the V1 runner unless ``more`` says otherwise."""
-    inherited = {**os.environ}
-    # The server's engine is a process of its own; V1 is about the model runner.
-    inherited.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    return {
-        **inherited,
-        **V1,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_LOGGING_LEVEL": "INFO",
-        "HF_HUB_OFFLINE": "1",
-        "TORCH_COMPILE_DISABLE": "1",  # even an eager engine has a function compiled: 28 s
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-        **own_core(),
-        **more,
-    }
+    """Of a server, on the V1 runner unless ``more`` says otherwise."""
+    found = engine_job.environment(**{**V1, "VLLM_LOGGING_LEVEL": "INFO", **more})
+    # Unless asked for, the server's engine is a process of its own; V1 is about the model runner.
+    if "VLLM_ENABLE_V1_MULTIPROCESSING" not in more:
+        found.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    return found
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from tests import tiny_models
 from tests.oracles import Arm, Channels, HookedModel, Vectors, Verdict
 
 MULTIPLIERS = (0.0, 0.5, 2.0, -1.0)
+# For the interpreter, where every row takes its time; the two circuits at once have the others.
+FEW_MULTIPLIERS = (0.0, 2.0)
 SCOPES = ("last", "all", "generated")
 PLAIN = Arm()
 
@@ -68,15 +70,9 @@ class Subject:
                 fields[number_field] = [number for _, number in pairs]
         return {"extra_args": {**fields, "cna_scope": arm.scope}} if fields else {}
 
-    def matrix(self) -> list[Arm]:
+    def matrix(self, multipliers: Sequence[float] = MULTIPLIERS) -> list[Arm]:
         """Plain, every multiplier in every scope, and two circuits at once."""
-        single = [self.arm(("one", m), scope=scope) for m in MULTIPLIERS for scope in SCOPES]
-        return [PLAIN, *single, self.arm(("one", 0.5), ("two", -1.0))]
-
-    def small_matrix(self) -> list[Arm]:
-        """Plain, two multipliers in every scope, and two circuits at once: for the interpreter,
-        where every row takes its time."""
-        single = [self.arm(("one", m), scope=scope) for m in (0.0, -1.0) for scope in SCOPES]
+        single = [self.arm(("one", m), scope=scope) for m in multipliers for scope in SCOPES]
         return [PLAIN, *single, self.arm(("one", 0.5), ("two", -1.0))]
 
     def requests(

@@ -23,7 +23,7 @@ from cna_vllm.vectors import FORMS, RESIDUAL_ARCHITECTURES
 from tests import tiny_models
 from tests.architectures import ARCHITECTURES
 from tests.engine_job import V1, V1_HERE, V2, EngineFailed, run_engine
-from tests.integration.conftest import PLAIN, Subject
+from tests.integration.conftest import FEW_MULTIPLIERS, MULTIPLIERS, PLAIN, Subject
 from tests.oracles import Arm, HookedModel, assert_token_exact
 from tests.tiny_models import LAYERS, WIDTH
 from tests.vector_files import random_vectors, save_vectors
@@ -95,7 +95,7 @@ def check(
     architecture = ARCHITECTURES[name]
     subject = build(name, folder)
     vectors = not small and bool(subject.vectors)
-    arms = subject.small_matrix() if small else subject.matrix()
+    arms = subject.matrix(FEW_MULTIPLIERS if small else MULTIPLIERS)
     longest = 8 if small else 60
     groups = prompt_groups(longest)
     cna: dict[str, Any] = {"circuits": dict(subject.files), "record": True}

@@ -36,7 +36,7 @@ CONTRASTS = (
         ["I hate this.", "What a terrible day!", "You are so cruel."],
     ),
 )
-SIZES = (10, 1000)
+SIZES = (1, 10, 46, 1000)
 STRICT = 46  # beyond it, two means may cancel so far that float32 itself loses 1e-4 of a delta
 
 
@@ -137,7 +137,7 @@ def check_all(subject: Subject, found: Sequence[Mapping[str, Any]], sizes: Seque
 
 
 def test_options_and_mixed_traffic(smollm2: Subject, chats: list[Ids]) -> None:
-    """One engine: two contrasts by two k, the packaged filter, rows, and other requests."""
+    """One engine: two contrasts by four k, the packaged filter, rows, and other requests."""
     positive, negative = CONTRASTS[0]
     sets = {"positive": positive, "negative": negative}
     french = {name: chat(smollm2, texts) for name, texts in sets.items()}
@@ -207,7 +207,7 @@ def test_chunked_prefill(smollm2: Subject) -> None:
     engine = smollm2.config(
         additional_config={"cna": {"record": True}}, max_num_batched_tokens=16, max_num_seqs=8
     )
-    check_all(smollm2, run_engine(engine, all_contrasts(SIZES[:1])), SIZES[:1])
+    check_all(smollm2, run_engine(engine, all_contrasts(SIZES[1:2])), SIZES[1:2])
 
 
 PLANTED = (1, 17)

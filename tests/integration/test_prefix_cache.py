@@ -42,7 +42,7 @@ def test_what_is_shared_with_plain_requests(tiny: Subject, runner: Mapping[str, 
         tiny.arm(("one", 1.0), scope="all"),
         PLAIN,
     ]
-    lengths = [2 * BLOCK, 2 * BLOCK + 1, 2 * BLOCK + 7][: 2 if runner is V2 else 3]
+    lengths = (2 * BLOCK, 2 * BLOCK + 1, 2 * BLOCK + 7)
     steps, wanted = [], []
     for length in lengths:
         (seed,) = tiny_models.prompts(1, seed=length)

@@ -12,7 +12,7 @@ import torch
 
 from tests import tiny_models
 from tests.engine_job import V1, V1_HERE, V2, run_engine
-from tests.integration.conftest import PLAIN, Subject
+from tests.integration.conftest import FEW_MULTIPLIERS, PLAIN, Subject
 from tests.oracles import Arm, assert_token_exact
 
 pytestmark = pytest.mark.engine
@@ -32,12 +32,12 @@ def steered_rows(wanted, outputs, circuit) -> int:
 
 
 def test_full_matrix_in_one_mixed_batch(smollm2: Subject, chats: list[list[int]]) -> None:
-    """8 prompts, each plain and in every third of 4 multipliers x 3 scopes and two circuits; 48
+    """8 prompts, each plain and in every other of 4 multipliers x 3 scopes and two circuits; 48
     tokens; one batch."""
     plain, *steered = smollm2.matrix()
     requests, wanted = [], []
     for number, prompt in enumerate(chats):
-        arms = [plain, *steered[number % 3 :: 3]]
+        arms = [plain, *steered[number % 2 :: 2]]
         asked, given = smollm2.requests([prompt], arms, max_tokens=48)
         requests += asked
         wanted += given
@@ -82,7 +82,7 @@ def test_schedules_v1(tiny: Subject, schedule: str) -> None:
 def test_schedules_v2(tiny: Subject, schedule: str) -> None:
     """The GPU model runner with the real Triton kernel, both through the interpreter."""
     prompts = tiny_models.prompts(3, longest=26)
-    check_schedule(tiny, schedule, V2, prompts, tiny.small_matrix(), max_tokens=8)
+    check_schedule(tiny, schedule, V2, prompts, tiny.matrix(FEW_MULTIPLIERS), max_tokens=8)
 
 
 def check_schedule(
@@ -113,7 +113,10 @@ def test_draft_model_is_left_alone(
     drafter = tiny_models.llama(tmp_path / "drafter", num_hidden_layers=1)
     speculative = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": 2}
     requests, wanted = tiny.requests(
-        tiny_models.prompts(2, longest=16), tiny.small_matrix(), max_tokens=6, ignore_eos=True
+        tiny_models.prompts(2, longest=16),
+        tiny.matrix(FEW_MULTIPLIERS),
+        max_tokens=6,
+        ignore_eos=True,
     )
     engine = tiny.config(speculative_config=speculative, disable_log_stats=False)
     outputs, drafted, status = run_engine(

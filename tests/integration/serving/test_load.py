@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from collections.abc import Mapping, Sequence
@@ -140,6 +141,10 @@ def test_under_load(deployed: Deployment) -> None:
     assert len(traffic.outcomes) + traffic.gone == 64 * CLIENTS
     assert traffic.changes > 20
     assert_token_exact(traffic.verdicts(arms), "under load")
+    texts = {(model, tuple(p), tuple(tokens)) for p, model, tokens in traffic.outcomes}
+    for one, other in itertools.combinations(models, 2):
+        same = [{text[1:] for text in texts if text[0] == name} for name in (one, other)]
+        assert same[0] != same[1], f"{one} and {other} must be told apart by their outputs"
     assert set(after) == set(before), "a process of the server was replaced"
     assert sum(grown.values()) < GROWTH_MIB
     with deployed.server.http() as http:
