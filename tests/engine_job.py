@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tests.engine_forks import ROOT, forks
+from tests.engine_forks import forks, python_path
 
 V1: Mapping[str, str] = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 """The engine core in a process of its own, as `LLM` has it: it imports vLLM once more."""
@@ -71,7 +71,7 @@ def environment(**more: str) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
         "TORCH_COMPILE_DISABLE": "1",  # even an eager engine has a function compiled: 28 s
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "PYTHONPATH": python_path(),
         **own_core(),
         **more,
     }
