@@ -66,5 +66,5 @@ class Seal:
         return steering
 
     def _mac(self, field: dict[str, Any]) -> str:
-        content = json.dumps(field, sort_keys=True, separators=(",", ":")).encode()
+        content = json.dumps(field).encode()  # `to_field` has one order of keys
         return hmac.digest(self._secret, content, "sha256").hex()

@@ -7,9 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.exceptions import VLLMValidationError
-from vllm.v1.engine import EngineCoreRequestType
-
 from cna_vllm.request import RESOLVED_FIELD, Steering
 from cna_vllm.serving.seal import Seal, deployment_secret
 from cna_vllm.serving.seams import engine_core
@@ -78,7 +75,7 @@ class Core:
         self.scheduler = SimpleNamespace(requests={r.request_id: r for r in running})
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.resident = [A, B]
-        self.broken = self.paused = False
+        self.broken = False
         self.model_executor = self  # vLLM's core has one, whose workers it asks
 
     def _initialize_kv_caches(self, vllm_config: Any) -> str:
@@ -91,10 +88,6 @@ class Core:
 
     def add_request(self, request: Any) -> None:
         self.scheduler.requests[request.request_id] = request
-
-    def _handle_client_request(self, request_type: Any, request: Any) -> None:
-        if request_type == EngineCoreRequestType.ADD and not self.paused:
-            self.add_request(request[0])
 
     def collective_rpc(
         self, method: str, timeout: Any = None, args: Any = (), kwargs: Any = None
@@ -110,7 +103,6 @@ def core() -> Core:
         preprocess_add_request = engine_core._preprocess_add_request(Core.preprocess_add_request)
         add_request = engine_core._add_request(Core.add_request)
         collective_rpc = engine_core._collective_rpc(Core.collective_rpc)
-        _handle_client_request = engine_core._handle_client_request(Core._handle_client_request)
 
     built = Wrapped(request(A, request_id="running"))
     config = SimpleNamespace(additional_config={"cna": {}})
@@ -153,18 +145,10 @@ def wanted(core: Core) -> Any:
     return core.calls[-1][1]["wanted"]
 
 
-def test_a_request_that_is_never_added_holds_nothing(core: Core) -> None:
-    """It fails in preprocessing, or a paused core answers it by itself."""
+def test_a_request_that_fails_in_preprocessing_holds_nothing(core: Core) -> None:
     core.broken = True
     with pytest.raises(ValueError, match="no such grammar"):
         core.preprocess_add_request(request(B, request_id="bad"))
-    assert wanted(core) == [A]
-    core.broken, core.paused = False, True
-    core.preprocess_add_request(late := request(B, request_id="late"))
-    assert wanted(core) == [A, B]
-    core._handle_client_request(EngineCoreRequestType.ABORT, ["late"])
-    assert wanted(core) == [A, B]
-    core._handle_client_request(EngineCoreRequestType.ADD, (late, 0))
     assert wanted(core) == [A]
 
 
@@ -180,11 +164,3 @@ def test_a_load_that_fails_leaves_the_core_with_what_its_workers_hold(core: Core
     with pytest.raises(CircuitTableError, match="is not resident"):
         core.preprocess_add_request(request(B))
     core.preprocess_add_request(request(A))
-
-
-def test_what_was_not_admitted_is_refused_by_the_core(core: Core) -> None:
-    bad = request(A)
-    bad.sampling_params.extra_args = {"cna_circuit": "a", "cna_multiplier": 0}
-    with pytest.raises(VLLMValidationError, match="cna_circuit: this request was not admitted"):
-        core.preprocess_add_request(bad)
-    assert wanted(core) == [A]
