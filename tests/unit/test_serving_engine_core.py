@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from cna_vllm.request import RESOLVED_FIELD, Steering
 from cna_vllm.serving.seal import Seal, deployment_secret
 from cna_vllm.serving.seams import engine_core
