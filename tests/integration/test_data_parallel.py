@@ -166,7 +166,7 @@ def test_engines_that_a_front_end_does_not_reach_are_refused_at_start(
     arguments += ["--data-parallel-hybrid-lb", "--data-parallel-start-rank=0"]
     arguments += ["--skip-tokenizer-init", f"--circuit-dir={tmp_path}"]
     with (
-        pytest.raises(AssertionError, match="cna.circuit_dir: with external or hybrid load"),
+        pytest.raises(AssertionError, match="circuit_dir: with external or hybrid load"),
         serve(tiny.path, arguments, tmp_path / "log", **CORES),
     ):
         pass
