@@ -24,7 +24,7 @@ def test_a_front_end_that_reaches_all_engines_may_load() -> None:
 
 
 def test_a_front_end_that_reaches_some_engines_may_not() -> None:
-    with pytest.raises(CnaConfigError, match="circuit_dir.*--data-parallel-hybrid-lb"):
+    with pytest.raises(CnaConfigError, match=r"circuit_dir.*--data-parallel-hybrid-lb"):
         refuse_partial_control(LOADING, parallel(local=True))
-    with pytest.raises(CnaConfigError, match="circuit_dir.*--enable-elastic-ep"):
+    with pytest.raises(CnaConfigError, match=r"circuit_dir.*--enable-elastic-ep"):
         refuse_partial_control(LOADING, parallel(elastic=True))
