@@ -29,6 +29,7 @@ from cna_vllm.request_fields import (
     MAX_NAME_LENGTH,
     RESOLVED_FIELD,
     SCOPES,
+    SEAL_KEY,
     VECTORS,
     Kind,
     Pairs,
@@ -51,12 +52,14 @@ __all__ = [
     "MAX_NAME_LENGTH",
     "RESOLVED_FIELD",
     "SCOPES",
+    "SEAL_KEY",
     "CircuitRequest",
     "Steering",
     "SteeringError",
     "resolve",
     "steer",
     "steer_vector",
+    "to_float32",
 ]
 
 NO_LIMIT = 2**31
@@ -185,12 +188,13 @@ class Steering:
 
     @classmethod
     def from_field(cls, value: Any) -> Steering:
-        """Reads what `to_field` wrote.
+        """Reads what `to_field` wrote; a seal beside it is not looked at.
 
         Raises:
             SteeringError: the value has another shape.
         """
-        if not isinstance(value, Mapping) or set(value) - {"vectors"} != {"circuits", "scope"}:
+        optional = {"vectors", SEAL_KEY}
+        if not isinstance(value, Mapping) or set(value) - optional != {"circuits", "scope"}:
             raise SteeringError(RESOLVED_FIELD, f"malformed: {show(value)}")
         pairs = _resolved_pairs(CIRCUITS, value["circuits"])
         vectors = _resolved_pairs(VECTORS, value.get("vectors", ()))
@@ -230,9 +234,9 @@ def resolve(
         raise SteeringError(
             FIELD_VECTOR, "this engine was started without vectors; start it with cna.max_vectors"
         )
-    pairs = [(lookup(name), _to_float32(multiplier)) for name, multiplier in request.circuits]
+    pairs = [(lookup(name), to_float32(multiplier)) for name, multiplier in request.circuits]
     vectors = [
-        (lookup_vector(name), _to_float32(coefficient))
+        (lookup_vector(name), to_float32(coefficient))
         for name, coefficient in request.vectors
         if lookup_vector is not None
     ]
@@ -252,6 +256,7 @@ def _resolved_pairs(kind: Kind, entries: Any) -> Pairs:
     return tuple(pairs)
 
 
-def _to_float32(value: float) -> float:
+def to_float32(value: float) -> float:
+    """The nearest float32, the precision that kernels apply; never -0.0."""
     rounded: float = struct.unpack("f", struct.pack("f", value))[0]
     return rounded + 0.0  # -0.0 ablates like 0.0 and must share its cache key

@@ -24,6 +24,7 @@ FIELD_COEFFICIENT = "cna_coefficient"
 FIELD_SCOPE = "cna_scope"
 FIELD_RECORD = "cna_record"  # discovery only; admission takes it out before parsing
 RESOLVED_FIELD = "cna_resolved"  # what admission puts in the place of the client's fields
+SEAL_KEY = "seal"  # of its value: proof that admission wrote it
 SCOPES = ("last", "all", "generated")
 DEFAULT_SCOPE = "last"
 MAX_NAME_LENGTH = 128

@@ -12,12 +12,14 @@ from cna_vllm.request import (
     FIELD_PREFIX,
     FIELD_RECORD,
     RESOLVED_FIELD,
+    SEAL_KEY,
     CircuitRequest,
     SteeringError,
     resolve,
 )
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.registry import CircuitRegistry
+from cna_vllm.serving.seal import Seal, deployment_secret
 from cna_vllm.serving.vector_registry import VectorRegistry
 
 
@@ -26,25 +28,31 @@ def has_fields(extra_args: Mapping[str, Any] | None) -> bool:
     return any(isinstance(k, str) and k.startswith(FIELD_PREFIX) for k in extra_args or ())
 
 
+WITHOUT_CONFIG = (
+    "this engine was started without circuits; start it with "
+    "additional_config={'cna': {'circuits': {...}}}"
+)
+
+
 def refuse_without_config(extra_args: Mapping[str, Any] | None) -> None:
     """For engines started without a ``cna`` key: raises SteeringError if steering is asked for."""
     if has_fields(extra_args):
+        raise SteeringError(FIELD_CIRCUIT, WITHOUT_CONFIG)
+
+
+def check_recording_group(config: CnaConfig, group: Any) -> None:
+    """Raises SteeringError unless the engine records, and ``group`` can name what it keeps."""
+    if not config.record:
         raise SteeringError(
-            FIELD_CIRCUIT,
-            "this engine was started without circuits; start it with "
-            "additional_config={'cna': {'circuits': {...}}}",
+            FIELD_RECORD, "this engine does not record; start it with cna.record = true"
         )
+    if not isinstance(group, str) or not 0 < len(group) <= 64:
+        raise SteeringError(FIELD_RECORD, "must be a group name of 1 to 64 characters")
 
 
-class AdmittedSteering(dict[str, Any]):
-    """The resolved form of a request's steering. Only admission makes one: what a client sends is
-    never of this type."""
-
-
-def is_forged(extra_args: Mapping[str, Any]) -> bool:
-    """Whether a resolved form is there that admission did not make."""
-    resolved = extra_args.get(RESOLVED_FIELD)
-    return resolved is not None and not isinstance(resolved, AdmittedSteering)
+def is_sealed(resolved: Any) -> bool:
+    """Whether a resolved form carries a seal; only ``Seal.opened`` tells whether it is ours."""
+    return isinstance(resolved, Mapping) and SEAL_KEY in resolved
 
 
 def admit_or_refuse(
@@ -74,6 +82,7 @@ class Admission:
         self.config = config
         self.registry = registry
         self.vectors = vectors
+        self._seal = Seal(deployment_secret())
         for name in () if vectors is None else vectors.vectors():
             self.check_free(name, "vector")
         for adapter in registry.names().adapters.values():
@@ -111,8 +120,8 @@ class Admission:
         """
         if extra_args is None or not has_fields(extra_args):
             return None if extra_args is None else dict(extra_args)
-        if isinstance(extra_args.get(RESOLVED_FIELD), AdmittedSteering) and not resumable:
-            return dict(extra_args)  # admitted before, when the server chose the model
+        if not resumable and self._admitted_before(extra_args):
+            return dict(extra_args)
         others = {k: v for k, v in extra_args.items() if not str(k).startswith(FIELD_PREFIX)}
         ours = {k: v for k, v in extra_args.items() if str(k).startswith(FIELD_PREFIX)}
         recorded = FIELD_RECORD in ours
@@ -136,19 +145,26 @@ class Admission:
             vector_digest = None if self.vectors is None else self.vectors.digest
             steering = resolve(request, self.registry.digest, vector_digest)
             if steering is not None:
-                others[RESOLVED_FIELD] = AdmittedSteering(steering.to_field())
+                others[RESOLVED_FIELD] = self._seal.sealed(steering)
         return others
 
+    def _admitted_before(self, extra_args: Mapping[str, Any]) -> bool:
+        """Whether all our fields are what admission writes, as when the server chose the model."""
+        ours = {str(k) for k in extra_args if str(k).startswith(FIELD_PREFIX)}
+        if RESOLVED_FIELD not in ours or not ours <= {RESOLVED_FIELD, FIELD_RECORD}:
+            return False
+        if not is_sealed(extra_args[RESOLVED_FIELD]):
+            return False
+        self._seal.opened(extra_args[RESOLVED_FIELD])
+        if FIELD_RECORD in ours:
+            check_recording_group(self.config, extra_args[FIELD_RECORD])
+        return True
+
     def _recording_group(self, group: Any, other_fields: Mapping[str, Any]) -> str:
-        if not self.config.record:
-            raise SteeringError(
-                FIELD_RECORD, "this engine does not record; start it with cna.record = true"
-            )
-        if not isinstance(group, str) or not 0 < len(group) <= 64:
-            raise SteeringError(FIELD_RECORD, "must be a group name of 1 to 64 characters")
+        check_recording_group(self.config, group)
         if other_fields:
             raise SteeringError(
                 FIELD_RECORD,
                 f"a recorded request cannot be steered; drop {', '.join(sorted(other_fields))}",
             )
-        return group
+        return str(group)

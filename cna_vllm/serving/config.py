@@ -9,6 +9,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 CONFIG_KEY = "cna"
+SECRET_VARIABLE = "CNA_VLLM_SECRET"
+"""Environment variable with the secret of a deployment's seals (``serving/seal.py``). Unset, the
+first process makes one; where engines run on several nodes, all get the same from the operator.
+Not a key of ``additional_config``: vLLM writes that to its log."""
 
 
 class CnaConfigError(ValueError):

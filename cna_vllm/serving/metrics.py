@@ -7,7 +7,8 @@ Labels are names of circuits and vectors, which only an operator chooses, and at
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter as TokenCounts
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -44,13 +45,13 @@ class ControlMetrics:
         )
         self.steered_tokens = Counter(
             "cna:steered_tokens",
-            "Token rows that workers steered, by circuit or vector (of one rank).",
+            "Token rows that engines steered, by circuit or vector (of one rank of each).",
             ["circuit"],
             registry=registry,
         )
         self.resident = Gauge(
             "cna:resident_circuits",
-            "Circuits that requests may use.",
+            "Circuits that requests may use, on every engine.",
             multiprocess_mode="mostrecent",
             registry=registry,
         )
@@ -89,14 +90,19 @@ class ControlMetrics:
         for name in names:
             self.requests.labels(circuit=self.label(name)).inc()
 
-    def take_status(self, report: Mapping[str, Any], names: Mapping[str, str]) -> None:
-        """Brings the gauges and the token counters up to one worker's report.
+    def take_status(
+        self, reports: Sequence[Mapping[str, Any]], names: Mapping[str, str]
+    ) -> None:
+        """Brings the gauges and the token counters up to the reports of one worker per engine.
 
         names: content digest -> a name that stands for it; tokens of other content are ``other``.
         """
-        self.resident.set(len(report["circuits"]))
-        self.table_bytes.set(report["table_bytes"])
-        for digest, tokens in report["steered_tokens"].items():
+        self.resident.set(len(set.intersection(*(set(r["circuits"]) for r in reports))))
+        self.table_bytes.set(reports[0]["table_bytes"])
+        steered: TokenCounts[str] = TokenCounts()
+        for report in reports:
+            steered.update(report["steered_tokens"])
+        for digest, tokens in steered.items():
             new = tokens - self._counted.get(digest, 0)
             if new > 0:
                 name = names.get(digest)

@@ -7,7 +7,12 @@ module imports nothing, and everything that can fail happens inside the call.
 
 
 def register() -> None:
-    """Installs the seams; calling it again changes nothing."""
-    from cna_vllm.serving import seams
+    """Installs the seams; calling it again changes nothing.
 
+    The secret of the deployment is made here, since processes that start later inherit it.
+    """
+    from cna_vllm.serving import seams
+    from cna_vllm.serving.seal import make_secret
+
+    make_secret()
     seams.install()

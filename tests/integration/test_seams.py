@@ -8,11 +8,14 @@ import inspect
 import subprocess
 import sys
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import vllm
 
 from cna_vllm.serving import plugin
+from cna_vllm.serving.seams import engine_core
+from cna_vllm.serving.seams.engine_core import ResidentCircuits
 from cna_vllm.serving.seams.wrapping import wrap
 
 
@@ -63,7 +66,8 @@ def test_scheduler_seam() -> None:
 
 def test_engine_core_seams() -> None:
     """A request is preprocessed, added; an error in the first is that request's alone."""
-    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
+    from vllm.v1.engine.core import DPEngineCoreProc, EngineCore, EngineCoreProc
 
     assert parameters(EngineCore._initialize_kv_caches) == ["self", "vllm_config"]
     built = inspect.getsource(EngineCore.__init__)
@@ -75,6 +79,67 @@ def test_engine_core_seams() -> None:
     thread = inspect.getsource(EngineCoreProc.process_input_sockets)
     guarded = thread[thread.index("preprocess_add_request(") :]
     assert "_handle_request_preproc_error(" in guarded
+    # What the core's own admission and its answer to a refused request need.
+    assert built.index("self.vllm_config = ") < built.index("self._initialize_kv_caches(")
+    for overridden in ("preprocess_add_request", "_handle_request_preproc_error"):
+        assert overridden not in vars(DPEngineCoreProc)
+    assert parameters(EngineCoreProc._handle_request_preproc_error) == ["self", "request"]
+    assert "resumable" in EngineCoreRequest.__struct_fields__
+    assert {"finish_reason", "stop_reason"} <= set(EngineCoreOutput.__struct_fields__)
+    assert {"outputs", "finished_requests"} <= set(EngineCoreOutputs.__struct_fields__)
+    answer = inspect.getsource(EngineCoreProc._send_finish_outputs_to_client)
+    assert "self.output_queue.put_nowait((client_index, " in answer
+
+
+def test_a_request_that_a_core_answers_without_adding_it_holds_nothing() -> None:
+    """A core that is paused (vLLM 0.33) or ends: the request was preprocessed already."""
+    from vllm.v1.engine import EngineCoreRequestType
+    from vllm.v1.engine.core import DPEngineCoreProc, EngineCoreProc
+
+    assert parameters(EngineCoreProc._handle_client_request) == ["self", "request_type", "request"]
+    assert "super()._handle_client_request(" in inspect.getsource(
+        DPEngineCoreProc._handle_client_request
+    )
+    body = inspect.getsource(EngineCoreProc._handle_client_request)
+    assert "req, request_wave = request" in body.split("EngineCoreRequestType.ABORT")[0]
+
+    core = SimpleNamespace(cna_circuits=ResidentCircuits())
+    core.cna_circuits.update([{"resident": ["a"]}])
+    core.cna_circuits.hold("late", ("a",))
+    answer = engine_core._handle_client_request(lambda self, request_type, request: None)
+    answer(core, EngineCoreRequestType.ABORT, ["late"])
+    assert core.cna_circuits.wanted([]) == ["a"]
+    answer(core, EngineCoreRequestType.ADD, (SimpleNamespace(request_id="late"), 0))
+    assert core.cna_circuits.wanted([]) == []
+
+
+def test_engines_seams() -> None:
+    """Every client of an API server knows all engines it may send requests to, and asks them."""
+    from vllm.config import ParallelConfig
+    from vllm.entrypoints.cli import serve
+    from vllm.v1.engine import utils
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import AsyncMPClient, DPAsyncMPClient, DPLBAsyncMPClient
+
+    for client in (DPAsyncMPClient, DPLBAsyncMPClient):
+        assert issubclass(client, AsyncMPClient) and "call_utility_all_async" not in vars(client)
+    assert parameters(AsyncMPClient.call_utility_all_async) == ["self", "method", "args"]
+    assert "in self.core_engines" in inspect.getsource(AsyncMPClient.call_utility_all_async)
+    for chosen in ("self.core_engines[", "current_counts = self.lb_engines"):
+        assert chosen in inspect.getsource(DPLBAsyncMPClient.get_core_engine_for_request)
+    assert "self.engine_core = EngineCoreClient.make_async_mp_client(" in inspect.getsource(
+        AsyncLLM.__init__
+    )
+    assert "data_parallel_external_lb or self.data_parallel_hybrid_lb" in inspect.getsource(
+        ParallelConfig.local_engines_only.fget  # type: ignore[attr-defined]
+    )
+    assert "enable_elastic_ep" in ParallelConfig.__dataclass_fields__
+    # Front ends of other languages: refused before an engine starts.
+    assert parameters(utils.bind_engine_zmq_listeners)[:1] == ["vllm_config"]
+    body = inspect.getsource(serve.run_multi_api_server)
+    assert "from vllm.v1.engine.utils import bind_engine_zmq_listeners" in body
+    order = ("bind_engine_zmq_listeners(", "launch_core_engines(", "RustFrontendProcessManager(")
+    assert sorted(order, key=body.index) == list(order)
 
 
 def test_api_server_seams() -> None:

@@ -17,12 +17,11 @@ from cna_vllm.circuit import Circuit, CircuitError, Neuron
 from cna_vllm.request import SCOPES, SteeringError
 from cna_vllm.serving.admission import (
     Admission,
-    AdmittedSteering,
     has_fields,
-    is_forged,
+    is_sealed,
     refuse_without_config,
 )
-from cna_vllm.serving.config import CnaConfig
+from cna_vllm.serving.config import SECRET_VARIABLE, CnaConfig, CnaConfigError
 from cna_vllm.serving.registry import CircuitRegistry, ServedModel
 
 OTHERS = {"other": [1, {"deep": 2}], "CNA_circuit": "not ours", "xcna_circuit": 1}
@@ -41,6 +40,13 @@ def make_admission(record: bool = False) -> Admission:
     registry.register("polite", POLITE)
     config = CnaConfig(max_multiplier=10.0, max_circuits_per_request=2, record=record)
     return Admission(config, registry)
+
+
+def without_seal(admitted: dict[str, Any] | None) -> dict[str, Any]:
+    assert admitted is not None
+    resolved = dict(admitted["cna_resolved"])
+    assert len(bytes.fromhex(resolved.pop("seal"))) == 32
+    return {**admitted, "cna_resolved": resolved}
 
 
 def fields(circuit: Any = "french", multiplier: Any = 0.5, **more: Any) -> dict[str, Any]:
@@ -139,14 +145,15 @@ def test_what_the_engine_sees() -> None:
     admitted = gate.admit(asked)
     assert asked == before
     pairs = sorted([[POLITE.digest, 2.0], [FRENCH.digest, 0.0]])
-    assert admitted == {**OTHERS, "cna_resolved": {"circuits": pairs, "scope": "all"}}
+    assert without_seal(admitted) == {**OTHERS, "cna_resolved": {"circuits": pairs, "scope": "all"}}
     assert json.loads(json.dumps(admitted)) == admitted
     assert gate.admit({**asked, "cna_multiplier": [10.0, -10]}) is not None, "the limit itself"
 
 
 def test_the_default_scope_is_last() -> None:
     admitted = make_admission().admit(fields())
-    assert admitted == {"cna_resolved": {"circuits": [[FRENCH.digest, 0.5]], "scope": "last"}}
+    resolved = {"circuits": [[FRENCH.digest, 0.5]], "scope": "last"}
+    assert without_seal(admitted) == {"cna_resolved": resolved}
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -156,7 +163,8 @@ def test_multiplier_one_is_plain(scope: str, multiplier: float) -> None:
     assert gate.admit({**OTHERS, **fields("french", multiplier, cna_scope=scope)}) == OTHERS
     assert gate.admit(fields(["french", "polite"], [multiplier, 1.0], cna_scope=scope)) == {}
     admitted = gate.admit(fields(["french", "polite"], [multiplier, 0.0], cna_scope=scope))
-    assert admitted == {"cna_resolved": {"circuits": [[POLITE.digest, 0.0]], "scope": scope}}
+    resolved = {"circuits": [[POLITE.digest, 0.0]], "scope": scope}
+    assert without_seal(admitted) == {"cna_resolved": resolved}
 
 
 def test_plain_requests_pass_unchanged() -> None:
@@ -259,15 +267,40 @@ def test_what_was_admitted_passes_unchanged_and_nothing_else_does() -> None:
     """The API server admits where it chooses the model; the engine's front end sees it again."""
     gate = make_admission()
     admitted = gate.admit({**fields(), **OTHERS})
-    assert admitted is not None and isinstance(admitted["cna_resolved"], AdmittedSteering)
-    assert not is_forged(admitted) and not is_forged({}) and not is_forged(OTHERS)
+    assert admitted is not None and is_sealed(admitted["cna_resolved"])
     gate.registry.register("french", POLITE)  # the name stands for other content by then
     again = gate.admit(admitted)
     assert again == admitted and again["cna_resolved"]["circuits"] == [[FRENCH.digest, 0.5]]
-    # The same values from a client, who can send plain objects only, are refused.
-    forged = json.loads(json.dumps(admitted))
-    assert is_forged(forged) and is_forged({"cna_resolved": 1})
+    assert gate.admit(json.loads(json.dumps(admitted))) == admitted, "also from another process"
+    # The same values from a client, who has no seal of ours, are refused.
+    resolved = admitted["cna_resolved"]
+    for forged in (
+        RESOLVED,
+        {**RESOLVED, "seal": None},
+        {**RESOLVED, "seal": "\xe9" * 64},
+        {**RESOLVED, "seal": "0" * 64},
+        {**resolved, "scope": "all"},
+        {**resolved, "circuits": [[FRENCH.digest, 0.25]]},
+        {**resolved, "circuits": [[POLITE.digest, 0.5]]},
+        {**resolved, "vectors": [[FRENCH.digest, 0.5]]},
+    ):
+        with pytest.raises(SteeringError, match="cna_resolved: is set by the server only"):
+            gate.admit({"cna_resolved": forged})
     with pytest.raises(SteeringError, match="cna_resolved: is set by the server only"):
-        gate.admit(forged)
+        gate.admit({**admitted, "cna_scope": "all"})
+    with pytest.raises(SteeringError, match="cna_record: this engine does not record"):
+        gate.admit({**admitted, "cna_record": "g"})
     with pytest.raises(SteeringError, match="streaming inputs"):
         gate.admit(admitted, resumable=True)
+
+
+def test_a_seal_is_of_its_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
+    admitted = make_admission().admit(fields())
+    assert admitted == make_admission().admit(fields()), "equal steering has an equal seal"
+    monkeypatch.setenv(SECRET_VARIABLE, "another secret of an operator")
+    assert make_admission().admit(fields()) != admitted
+    with pytest.raises(SteeringError, match=f"several nodes, all need the same {SECRET_VARIABLE}"):
+        make_admission().admit(admitted)
+    monkeypatch.setenv(SECRET_VARIABLE, "short")
+    with pytest.raises(CnaConfigError, match="at least 16 characters"):
+        make_admission()

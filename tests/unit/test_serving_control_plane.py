@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from cna_vllm.serving.config import CnaConfig
 from cna_vllm.serving.http.control_plane import ControlError, ControlPlane
 from cna_vllm.serving.registry import CircuitRegistry, ServedModel
 from cna_vllm.serving.store import RegistryStore
-from cna_vllm.serving.table import CircuitTable
+from cna_vllm.serving.table import CircuitTable, CircuitTableError
 from cna_vllm.serving.vector_registry import ServedStream, VectorRegistry
 from cna_vllm.vectors import VectorSet
 
@@ -29,26 +30,54 @@ def circuit(index: int) -> Circuit:
     return Circuit("m", "A", LAYERS, WIDTH, (Neuron(0, index, 0.5),))
 
 
-class Workers:
-    """A real resident table behind the one call that the control plane makes."""
+class Engines:
+    """Real resident tables, one per data-parallel engine, behind the one call that the control
+    plane makes."""
 
-    def __init__(self) -> None:
-        self.table = CircuitTable(range(LAYERS), 0, WIDTH, 4, torch.device("cpu"))
+    def __init__(self, rows: Sequence[int] = (4,)) -> None:
+        """rows: of each engine's table."""
+        self.tables = [
+            CircuitTable(range(LAYERS), 0, WIDTH, most, torch.device("cpu")) for most in rows
+        ]
         self.errored = self.dying = False
+        self.failing: set[int] = set()
+        self.engine_core = self  # vLLM's client has one, which knows all engines
 
-    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+    @property
+    def table(self) -> CircuitTable:
+        (table,) = self.tables
+        return table
+
+    async def call_utility_all_async(self, utility: str, method: str, *call: Any) -> list[Any]:
+        assert utility == "collective_rpc" and call[0] is None and call[2] is None
         if self.errored:
             raise RuntimeError("EngineCore encountered an issue")
         if self.dying:
             self.errored = True
             await asyncio.Event().wait()  # vLLM never answers a call that its engine died on
+        answers = [self.answer(rank, method, *call[1]) for rank in range(len(self.tables))]
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
+
+    def answer(self, rank: int, method: str, *args: Any) -> Any:
+        table = self.tables[rank]
         match method:
             case "cna_load":
-                self.table.load(Circuit.from_dict(args[0]))
-                return [{"resident": self.table.resident(), "refused": None}]
+                if rank in self.failing:
+                    return RuntimeError("a worker ran out of memory")
+                refused = None
+                try:
+                    table.load(Circuit.from_dict(args[0]))
+                except CircuitTableError as error:
+                    refused = str(error)
+                return [{"resident": table.resident(), "refused": refused}]
             case "cna_unload":
-                return [self.table.unload(args[0])]
-        raise AssertionError(method)
+                return [table.unload(args[0])]
+            case "cna_status" if not self.failing:
+                return [{"circuits": table.loaded()}]
+        return AssertionError(method)
 
 
 class Models:
@@ -60,8 +89,8 @@ class Models:
 
 
 class Plane(ControlPlane):
-    def __init__(self, folder: Path) -> None:
-        self.workers = Workers()
+    def __init__(self, folder: Path, rows: Sequence[int] = (4,)) -> None:
+        self.workers = Engines(rows)
         (folder / "circuits").mkdir()
         for index in range(3):
             circuit(index).save(folder / "circuits" / f"{index}.json")
@@ -143,5 +172,58 @@ def test_a_dead_engine_is_told_and_names_stay(plane: Plane, during: bool) -> Non
 
 
 def test_a_failure_of_a_living_engine_is_not_hidden(plane: Plane) -> None:
+    plane.workers.failing.add(0)
     with pytest.raises(AssertionError, match="cna_status"):
         asyncio.run(plane.status())
+
+
+def loaded(plane: Plane) -> list[tuple[str, ...]]:
+    """What requests may use, by engine."""
+    return [table.loaded() for table in plane.workers.tables]
+
+
+@pytest.mark.parametrize("rows", [(4, 1), (1, 4)], ids=["second", "first"])
+def test_a_load_that_one_engine_refuses_is_undone_on_the_others(
+    tmp_path: Path, rows: tuple[int, int]
+) -> None:
+    plane = Plane(tmp_path, rows)
+    asyncio.run(plane.load_circuit("a", "0.json"))
+    for action in (
+        plane.load_circuit("b", "1.json"),
+        plane.load_circuit("a", "1.json", load_inplace=True),
+    ):
+        error = refused(action)
+        assert (error.field, error.status) == ("cna_circuit", 409)
+        assert "all 1 circuit rows are in use" in str(error)
+        assert plane.gate.registry.circuits() == {"a": circuit(0)}
+        assert loaded(plane) == [(circuit(0).digest,)] * 2
+    asyncio.run(plane.load_circuit("c", "0.json"))  # the same content needs no row
+    error = refused(plane.load_circuit("c", "1.json", load_inplace=True))
+    assert error.status == 409 and loaded(plane) == [(circuit(0).digest,)] * 2
+    for name in ("a", "c"):
+        asyncio.run(plane.unload_circuit(name))
+    asyncio.run(plane.load_circuit("b", "1.json"))
+    assert loaded(plane) == [(circuit(1).digest,)] * 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_load_that_one_engine_fails_is_undone_on_the_others(tmp_path: Path, rank: int) -> None:
+    plane = Plane(tmp_path, (4, 4))
+    asyncio.run(plane.load_circuit("a", "0.json"))
+    plane.workers.failing.add(rank)
+    error = refused(plane.load_circuit("b", "1.json"))
+    assert (error.field, error.status) == ("cna", 503)
+    assert "memory" not in str(error), "the reason is in the log"
+    assert plane.gate.registry.circuits() == {"a": circuit(0)}
+    assert loaded(plane) == [(circuit(0).digest,)] * 2
+
+
+def test_every_engine_is_brought_in_line_with_the_registry(tmp_path: Path) -> None:
+    """At the start one engine lacks what is named, the other holds what is not."""
+    plane = Plane(tmp_path, (4, 4))
+    asyncio.run(plane.load_circuit("a", "0.json"))
+    first, second = plane.workers.tables
+    first.unload(circuit(0).digest)
+    second.load(circuit(1))
+    asyncio.run(plane.reconcile())
+    assert loaded(plane) == [(circuit(0).digest,)] * 2

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cna_vllm.request import RESOLVED_FIELD, Steering
+from cna_vllm.serving.seal import Seal, deployment_secret
 from cna_vllm.serving.seams import engine_core
 from cna_vllm.serving.seams.engine_core import ResidentCircuits
 from cna_vllm.serving.table import CircuitTableError
@@ -18,9 +19,10 @@ A, B, C = "a" * 64, "b" * 64, "c" * 64
 
 def request(*digests: str, request_id: str = "r") -> Any:
     pairs = tuple((digest, 0.5) for digest in digests)
-    extra = {RESOLVED_FIELD: Steering(pairs).to_field()} if pairs else {"other": 1}
+    sealed = Seal(deployment_secret()).sealed
+    extra = {RESOLVED_FIELD: sealed(Steering(pairs))} if pairs else {"other": 1}
     params = SimpleNamespace(extra_args=extra)
-    return SimpleNamespace(request_id=request_id, sampling_params=params)
+    return SimpleNamespace(request_id=request_id, sampling_params=params, resumable=False)
 
 
 PLAIN = [
@@ -74,12 +76,15 @@ class Core:
         self.scheduler = SimpleNamespace(requests={r.request_id: r for r in running})
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.resident = [A, B]
+        self.broken = False
         self.model_executor = self  # vLLM's core has one, whose workers it asks
 
     def _initialize_kv_caches(self, vllm_config: Any) -> str:
         return "blocks"
 
     def preprocess_add_request(self, request: Any) -> Any:
+        if self.broken:
+            raise ValueError("no such grammar")
         return request
 
     def add_request(self, request: Any) -> None:
@@ -134,3 +139,29 @@ def test_an_evicted_circuit_is_noticed_before_the_worker_sees_it(core: Core) -> 
         core.preprocess_add_request(request(A))
     for plain in PLAIN:
         assert core.preprocess_add_request(plain) is plain
+
+
+def wanted(core: Core) -> Any:
+    core.collective_rpc("cna_load", args=({},))
+    return core.calls[-1][1]["wanted"]
+
+
+def test_a_request_that_fails_in_preprocessing_holds_nothing(core: Core) -> None:
+    core.broken = True
+    with pytest.raises(ValueError, match="no such grammar"):
+        core.preprocess_add_request(request(B, request_id="bad"))
+    assert wanted(core) == [A]
+
+
+def test_a_load_that_fails_leaves_the_core_with_what_its_workers_hold(core: Core) -> None:
+    def fail(self: Any, method: str, *args: Any) -> list[Any]:
+        if method == "cna_load":
+            raise RuntimeError("the second worker failed")
+        return [{"resident": [A]}, {"resident": [A, B]}]
+
+    collective_rpc = engine_core._collective_rpc(fail)
+    with pytest.raises(RuntimeError, match="second worker"):
+        collective_rpc(core, "cna_load", args=({},))
+    with pytest.raises(CircuitTableError, match="is not resident"):
+        core.preprocess_add_request(request(B))
+    core.preprocess_add_request(request(A))

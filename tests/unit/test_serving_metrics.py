@@ -37,7 +37,7 @@ def test_labels_are_bounded_for_the_life_of_a_process(monkeypatch: pytest.Monkey
     own.count_request(["d", "a"])
     wanted = {"a": 3, "b": 2, "c": 1, OTHER: 3}
     assert counted(registry, "cna:steered_requests") == wanted
-    own.take_status(report(x=5, y=1), {"x": "a", "y": "new"})
+    own.take_status([report(x=5, y=1)], {"x": "a", "y": "new"})
     assert counted(registry, "cna:steered_tokens") == {"a": 5, OTHER: 1}
 
 
@@ -45,16 +45,27 @@ def test_status_brings_counters_up_to_the_workers() -> None:
     registry = CollectorRegistry()
     own = ControlMetrics(registry)
     names = {"x": "french"}
-    own.take_status(report("x", "y", x=10, y=3), names)
-    own.take_status(report("x", x=10, y=3), names)  # nothing new
+    own.take_status([report("x", "y", x=10, y=3)], names)
+    own.take_status([report("x", x=10, y=3)], names)  # nothing new
     assert counted(registry, "cna:steered_tokens") == {"french": 10, OTHER: 3}
     assert registry.get_sample_value("cna:resident_circuits") == 1
     assert registry.get_sample_value("cna:table_bytes") == 640
-    own.take_status(report("z", x=17, z=2), {"x": "renamed", "z": "french"})
+    own.take_status([report("z", x=17, z=2)], {"x": "renamed", "z": "french"})
     assert counted(registry, "cna:steered_tokens") == {"french": 12, "renamed": 7, OTHER: 3}
     # Counters of workers that started anew are behind: Prometheus' must not go back.
-    own.take_status(report("z", x=1), {"x": "renamed"})
+    own.take_status([report("z", x=1)], {"x": "renamed"})
     assert counted(registry, "cna:steered_tokens")["renamed"] == 7
+
+
+def test_every_engine_counts() -> None:
+    """Tokens add up over engines; circuits may be used that all of them hold."""
+    registry = CollectorRegistry()
+    own = ControlMetrics(registry)
+    names = {"x": "french", "y": "polite"}
+    own.take_status([report("x", "y", x=10), report("x", x=4, y=1)], names)
+    own.take_status([report("x", "y", x=10), report("x", x=6, y=1)], names)
+    assert counted(registry, "cna:steered_tokens") == {"french": 16, "polite": 1}
+    assert registry.get_sample_value("cna:resident_circuits") == 1
 
 
 def test_requests_are_counted_by_circuit_and_by_vector(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,11 +95,11 @@ class Engine:
     def errored(self) -> bool:
         return self.at >= self.looks
 
-    async def status(self) -> list[dict[str, Any]]:
+    async def status(self) -> list[list[dict[str, Any]]]:
         self.at += 1
         if self.at in self.failing:
             raise RuntimeError("a worker is gone")
-        return [report("x", x=self.at)]
+        return [[report("x", x=self.at)]]
 
     def names_by_digest(self) -> dict[str, str]:
         return {"x": "steered"}

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading and unloading while serving: one change at a time, on every worker and API server.
+"""Loading and unloading while serving: one change at a time, on every engine and API server.
 
 A change is made in this order, under the registry directory's lock: validate; make the content
-resident on the workers; write the registry; answer. So whatever was acknowledged is on disk, a
-name never stands for content that a worker lacks, and a crash in between costs at most a row of
-the resident table until the next start.
+resident on the workers of every engine, or on none; write the registry; answer. So whatever was
+acknowledged is on disk, a name never stands for content that a worker lacks, and a crash in
+between costs at most a row of the resident table until the next start.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import asdict
+from itertools import chain
 from typing import Any, TypeVar
 
 from cna_vllm.circuit import Circuit, CircuitError, show
@@ -26,6 +27,7 @@ from cna_vllm.serving.beneath import PathError, read_beneath
 from cna_vllm.serving.config import CnaConfigError
 from cna_vllm.serving.metrics import control_metrics
 from cna_vllm.serving.registry import Names
+from cna_vllm.serving.seams.engines import call_every_engine
 from cna_vllm.serving.store import StoreError
 
 logger = logging.getLogger("vllm.cna")
@@ -50,7 +52,7 @@ class ControlError(Exception):
 class ControlPlane:
     """The circuits and adapters of one API server process.
 
-    engine_client: vLLM's, for its ``collective_rpc``. models: vLLM's ``OpenAIServingModels``, for
+    engine_client: vLLM's, for calls of its engines. models: vLLM's ``OpenAIServingModels``, for
     the names of models and LoRA adapters.
     """
 
@@ -125,10 +127,10 @@ class ControlPlane:
         """Once per start: workers hold what the registry names, and nothing else."""
         async with self._change("start"):
             wanted = {c.digest: c for c in self._registry.circuits().values()}
-            resident: set[str] = set((await self._rpc("cna_status"))[0]["circuits"])
-            for digest in sorted(resident - set(wanted)):
+            loaded = [set(worker["circuits"]) for worker in chain(*await self.status())]
+            for digest in sorted(set().union(*loaded) - set(wanted)):
                 await self._rpc("cna_unload", digest)
-            for digest in sorted(set(wanted) - resident):
+            for digest in sorted(set(wanted) - set.intersection(*loaded)):
                 await self._make_resident(wanted[digest])
 
     async def names(self) -> tuple[Names, frozenset[str]]:
@@ -142,8 +144,8 @@ class ControlPlane:
             raise ControlError("circuit_name", f"no circuit is named {show(name)}", 404)
         return name, circuit, name in self._registry.pinned
 
-    async def status(self) -> list[dict[str, Any]]:
-        """One report per worker."""
+    async def status(self) -> list[list[dict[str, Any]]]:
+        """For every engine, one report per worker."""
         return await self._rpc("cna_status")
 
     @asynccontextmanager
@@ -210,9 +212,20 @@ class ControlPlane:
             )
 
     async def _make_resident(self, circuit: Circuit) -> None:
-        for report in await self._rpc("cna_load", circuit.to_dict()):
-            if report["refused"]:
-                raise ControlError(FIELD_CIRCUIT, report["refused"], 409)
+        """On all engines or on none: those that took what another did not, give it back."""
+        try:
+            for report in chain(*await self._rpc("cna_load", circuit.to_dict())):
+                if report["refused"]:
+                    raise ControlError(FIELD_CIRCUIT, report["refused"], 409)
+        except Exception as error:
+            if not self._engine.errored:
+                await self._retire(circuit)
+            if isinstance(error, ControlError):
+                raise
+            logger.exception("cna: an engine failed to load circuit %s", circuit.digest[:12])
+            raise ControlError(
+                "cna", "an engine failed to load the circuit; the reason is in its log", 503
+            ) from error
 
     async def _persist(self, circuit: Circuit | None = None) -> None:
         store = self._registry.store
@@ -238,10 +251,11 @@ class ControlPlane:
         if circuit.digest not in self._registry.names().digests():
             await self._rpc("cna_unload", circuit.digest)
 
-    async def _rpc(self, method: str, *args: Any) -> Any:
-        """One call of all workers. A call that an engine died on is never answered: left alone, it
-        would keep its client waiting, and the server from ending."""
-        call = asyncio.ensure_future(self._engine.collective_rpc(method, args=args))
+    async def _rpc(self, method: str, *args: Any) -> list[list[Any]]:
+        """One call of all workers of all engines, and their answers by engine. A call that an
+        engine died on is never answered: left alone, it would keep its client waiting, and the
+        server from ending."""
+        call = asyncio.ensure_future(call_every_engine(self._engine, method, args))
         try:
             while not call.done() and not self._engine.errored:
                 await asyncio.wait({call}, timeout=LIFE_SECONDS)

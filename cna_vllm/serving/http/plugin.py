@@ -36,7 +36,7 @@ class CnaEndpoints:
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        """Brings the workers in line with the registry, and starts to read their counters.
+        """Brings all engines in line with the registry, and starts to read their counters.
 
         Raises CnaConfigError for a configuration that cannot be kept atomic.
         """
@@ -70,10 +70,10 @@ async def read_counters(engine_client: Any, control: ControlPlane, gate: Admissi
     while not engine_client.errored:
         await asyncio.sleep(STATUS_SECONDS)
         try:
-            report = (await control.status())[0]
+            reports = [workers[0] for workers in await control.status()]
             names = gate.names_by_digest()
         except Exception as error:
             # The engine is ending or a change is half made: the next look tells.
             logger.warning("cna action=status outcome=failed reason=%r", str(error))
             continue
-        control_metrics().take_status(report, names)
+        control_metrics().take_status(reports, names)

@@ -6,13 +6,14 @@ Each seam is a wrapper that calls the original and adds one thing; without a ``c
 those of the front end only refuse requests that ask for steering.
 ``tests/integration/test_seams.py`` holds the contract of each seam for the installed version.
 
-``front_end``: admission; ``api_server``: adapters as models; ``engine_core``: block keys and the
-life of circuits that requests still need; ``worker``: the model and its batch.
+``front_end``: admission; ``api_server``: adapters as models; ``engine_core``: what was not admitted
+is refused, block keys, and the life of circuits that requests still need; ``engines``: all engines
+of a deployment; ``worker``: the model and its batch.
 """
 
 from __future__ import annotations
 
-from cna_vllm.serving.seams import engine_core, front_end, worker
+from cna_vllm.serving.seams import engine_core, engines, front_end, worker
 
 
 def install() -> None:
@@ -20,4 +21,5 @@ def install() -> None:
     API server's until its front end is."""
     front_end.install()
     engine_core.install()
+    engines.install()
     worker.install()

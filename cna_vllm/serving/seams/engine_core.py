@@ -1,29 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seams of the engine core: block keys, and circuits that admitted requests still need."""
+"""Seams of the engine core: its own admission, block keys, and circuits that requests need."""
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from cna_vllm.request import RESOLVED_FIELD, Steering
+from cna_vllm.request import RESOLVED_FIELD, Steering, SteeringError
 from cna_vllm.serving.cache_keys import steering_block_key
 from cna_vllm.serving.config import CnaConfig
+from cna_vllm.serving.core_admission import CoreAdmission
+from cna_vllm.serving.seams.api_server import validation_error
 from cna_vllm.serving.seams.wrapping import wrap
 from cna_vllm.serving.table import CircuitTableError
 
+logger = logging.getLogger("vllm.cna")
+
 
 def install() -> None:
-    """Cores that are built from now on key their blocks and guard their circuits."""
+    """Cores that are built from now on refuse what was not admitted, key their blocks and guard
+    their circuits."""
     from vllm.v1.core import kv_cache_utils
-    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
     wrap(kv_cache_utils, "_gen_prompt_embeds_extra_hash_keys", _block_keys)
     wrap(EngineCore, "_initialize_kv_caches", _initialize_kv_caches)
     wrap(EngineCore, "preprocess_add_request", _preprocess_add_request)
     wrap(EngineCore, "add_request", _add_request)
     wrap(EngineCore, "collective_rpc", _collective_rpc)
+    wrap(EngineCoreProc, "_handle_client_request", _handle_client_request)
+    wrap(EngineCoreProc, "_handle_request_preproc_error", _handle_request_preproc_error)
 
 
 def _block_keys(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
@@ -65,7 +74,7 @@ class ResidentCircuits:
             self._pending[request_id] = digests
 
     def release(self, request_id: str) -> None:
-        """The scheduler knows the request now; unknown ids are fine."""
+        """The scheduler knows the request now, or never will; unknown ids are fine."""
         self._pending.pop(request_id, None)
 
     def wanted(self, requests: Iterable[Any]) -> list[str]:
@@ -94,8 +103,10 @@ def _initialize_kv_caches(original: Callable[..., Any]) -> Callable[..., Any]:
     """The last thing a core does while it is built; its workers hold what they start with."""
 
     def initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
+        config = CnaConfig.from_additional_config(vllm_config.additional_config)
+        self.cna_admission = CoreAdmission(config)
         result = original(self, vllm_config)
-        if CnaConfig.from_additional_config(vllm_config.additional_config) is not None:
+        if config is not None:
             circuits = _circuits_of(self)
             with circuits.lock:
                 circuits.update(self.model_executor.collective_rpc("cna_status"))
@@ -105,20 +116,78 @@ def _initialize_kv_caches(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _preprocess_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Where every request of every client passes, also of such as know nothing of circuits."""
+
     def preprocess_add_request(self: Any, request: Any) -> Any:
-        if digests := tuple(_digests(request)):
-            _circuits_of(self).hold(request.request_id, digests)
-        return original(self, request)
+        extra_args = getattr(request.sampling_params, "extra_args", None)
+        if not extra_args:
+            return original(self, request)
+        try:
+            steering = self.cna_admission.steering(extra_args, resumable=request.resumable)
+        except SteeringError as error:
+            raise validation_error(error) from error
+        if steering is None:
+            return original(self, request)
+        circuits = _circuits_of(self)
+        circuits.hold(request.request_id, steering.digests)
+        try:
+            return original(self, request)
+        except BaseException:
+            circuits.release(request.request_id)
+            raise
 
     return preprocess_add_request
 
 
 def _add_request(original: Callable[..., None]) -> Callable[..., None]:
+    """The scheduler knows the circuits of its requests by itself."""
+
     def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, request, *args, **kwargs)
-        _circuits_of(self).release(request.request_id)
+        try:
+            original(self, request, *args, **kwargs)
+        finally:
+            _circuits_of(self).release(request.request_id)
 
     return add_request
+
+
+def _handle_client_request(original: Callable[..., None]) -> Callable[..., None]:
+    """A core that is paused or shuts down answers a preprocessed request without adding it."""
+
+    def handle_client_request(self: Any, request_type: Any, request: Any) -> None:
+        from vllm.v1.engine import EngineCoreRequestType
+
+        try:
+            original(self, request_type, request)
+        finally:
+            if request_type == EngineCoreRequestType.ADD:
+                _circuits_of(self).release(request[0].request_id)
+
+    return handle_client_request
+
+
+def _handle_request_preproc_error(original: Callable[..., None]) -> Callable[..., None]:
+    """Tells a client why its request was refused, where vLLM would say only that it failed.
+
+    vLLM 0.33 sends the message of a validation error by itself and comes here for others only.
+    """
+
+    def handle_request_preproc_error(self: Any, request: Any) -> None:
+        from vllm.exceptions import VLLMValidationError
+        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+
+        error = sys.exception()
+        if not isinstance(error, VLLMValidationError | CircuitTableError):
+            original(self, request)
+            return
+        logger.warning("request %s was refused: %s", request.request_id, error)
+        output = EngineCoreOutput(
+            request.request_id, [], finish_reason=FinishReason.ERROR, stop_reason=str(error)
+        )
+        outputs = EngineCoreOutputs(finished_requests={request.request_id}, outputs=[output])
+        self.output_queue.put_nowait((request.client_index, outputs))
+
+    return handle_request_preproc_error
 
 
 def _collective_rpc(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
@@ -136,7 +205,13 @@ def _collective_rpc(original: Callable[..., list[Any]]) -> Callable[..., list[An
         circuits = _circuits_of(self)
         with circuits.lock:
             wanted = circuits.wanted(self.scheduler.requests.values())
-            reports = original(self, method, timeout, args, {**(kwargs or {}), "wanted": wanted})
+            try:
+                kwargs = {**(kwargs or {}), "wanted": wanted}
+                reports = original(self, method, timeout, args, kwargs)
+            except Exception:
+                # Some worker may have overwritten a row before another failed.
+                circuits.update(original(self, "cna_status"))
+                raise
             circuits.update(reports)
         return reports
 

@@ -13,6 +13,7 @@ from cna_vllm.serving.config import CONFIG_KEY, CnaConfig, CnaConfigError
 from cna_vllm.serving.metrics import admit_counted
 from cna_vllm.serving.registry import CircuitRegistry
 from cna_vllm.serving.seams import api_server
+from cna_vllm.serving.seams.engines import refuse_partial_control
 from cna_vllm.serving.seams.wrapping import wrap
 from cna_vllm.serving.vector_registry import ServedStream, VectorRegistry
 from cna_vllm.serving.vllm_model import refuse_unsupported, served_model
@@ -37,6 +38,7 @@ def _front_end_init(original: Callable[..., None]) -> Callable[..., None]:
         if config is None:
             return
         refuse_unsupported(vllm_config)
+        refuse_partial_control(config, vllm_config.parallel_config)
         registry = CircuitRegistry.from_config(config, served_model(vllm_config.model_config))
         vectors = None
         if config.max_vectors:
@@ -74,12 +76,14 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _assign_request_id(original: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A ready-made EngineCoreRequest skips ``process_inputs``; it must not skip admission."""
+    """A ready-made EngineCoreRequest skips ``process_inputs``; it must not skip admission. Whether
+    a seal is true, the core tells."""
 
     def assign_request_id(request: Any) -> None:
         extra_args = getattr(request.sampling_params, "extra_args", None) or {}
         others = {k: v for k, v in extra_args.items() if k not in (RESOLVED_FIELD, FIELD_RECORD)}
-        if admission.has_fields(others) or admission.is_forged(extra_args):
+        resolved = extra_args.get(RESOLVED_FIELD)
+        if admission.has_fields(others) or not (resolved is None or admission.is_sealed(resolved)):
             raise api_server.validation_error(
                 SteeringError(
                     FIELD_CIRCUIT,
