@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-GRACE = 3.0  # seconds for an orderly end
+GRACE = 2.5  # seconds for an orderly end
 _LINGER = 0.5  # seconds for multiprocessing's resource trackers, which free shared memory
 _KILLED = 1.0  # seconds for killed processes to be gone
 _REPEAT = 0.5  # seconds in which one Ctrl-C can arrive twice: from the terminal and forwarded
@@ -72,7 +72,7 @@ def watched(command: Callable[[], int], *, grace: float = GRACE) -> int:
     status, first = _watch(child, signals, grace)
     _end_descendants()
     if first is not None:
-        _say(first, _last(message), killed=status is None)
+        _say(first, _last(message))
         return 128 + first
     assert status is not None
     if os.WIFSIGNALED(status):
@@ -184,7 +184,7 @@ def _end_descendants() -> None:
                     os.kill(pid, signal.SIGKILL)
                 except (ProcessLookupError, PermissionError):
                     continue
-        time.sleep(0.01)
+        time.sleep(0.02)
 
 
 def _reaped() -> Iterator[tuple[int, int]]:
@@ -218,12 +218,12 @@ def _read(path: str) -> bytes:
         return b""
 
 
-def _say(first: int, message: str, *, killed: bool) -> None:
-    """The last line. A killed process may have left a progress bar without an end of line."""
+def _say(first: int, message: str) -> None:
+    """The last line. Processes may have left an open one: a progress bar, or nanobind's leaks."""
     what = "interrupted" if first == signal.SIGINT else f"ended by {signal.Signals(first).name}"
     line = f"cna-vllm: {what}: {message}" if message else f"cna-vllm: {what}"
     try:
-        start = "\r\x1b[K" if sys.stderr.isatty() else "\n" if killed else ""
+        start = "\r\x1b[K" if sys.stderr.isatty() else "\n"
         print(start + line, file=sys.stderr, flush=True)
     except OSError:  # the terminal is closed
         return
