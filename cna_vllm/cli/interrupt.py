@@ -62,6 +62,7 @@ def watched(command: Callable[[], int], *, grace: float = GRACE) -> int:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    others = _children_before()
     message, sender = os.pipe()
     watcher, child = os.getpid(), os.fork()
     if child == 0:
@@ -70,7 +71,7 @@ def watched(command: Callable[[], int], *, grace: float = GRACE) -> int:
         return _run(command, sender, mask, watcher)
     os.close(sender)
     status, first = _watch(child, signals, grace)
-    _end_descendants()
+    _end_descendants(others)
     if first is not None:
         _say(first, _last(message))
         return 128 + first
@@ -169,7 +170,16 @@ def _watch(child: int, signals: set[signal.Signals], grace: float) -> tuple[int 
             return None, first
 
 
-def _end_descendants() -> None:
+def _children_before() -> set[int]:
+    """Those of a shell that was replaced by this command; they are none of the command's."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return set()
+    return _descendants(set())
+
+
+def _end_descendants(others: set[int]) -> None:
     """Kills what is left; trackers of shared memory end by themselves when no one uses it."""
     began = time.monotonic()
     while (passed := time.monotonic() - began) < _LINGER + _KILLED:
@@ -178,12 +188,15 @@ def _end_descendants() -> None:
                 pass
         except ChildProcessError:  # none is left: orphans would be children of this process
             return
-        for pid in _descendants():
+        left = _descendants(others)
+        for pid in left:
             if passed > _LINGER or not _is_tracker(pid):
                 try:
                     os.kill(pid, signal.SIGKILL)
                 except (ProcessLookupError, PermissionError):
                     continue
+        if not left:
+            return
         time.sleep(0.02)
 
 
@@ -193,7 +206,8 @@ def _reaped() -> Iterator[tuple[int, int]]:
         yield ended
 
 
-def _descendants() -> set[int]:
+def _descendants(others: set[int]) -> set[int]:
+    """All but `others` and what is below those."""
     parents: dict[int, int] = {}
     for name in os.listdir("/proc"):
         if name.isdecimal():
@@ -201,7 +215,7 @@ def _descendants() -> set[int]:
             if stat:  # PID (NAME) STATE PARENT ...; the name may hold anything
                 parents[int(name)] = int(stat.rpartition(b")")[2].split()[1])
     found, wave = set[int](), {os.getpid()}
-    while wave := {pid for pid, parent in parents.items() if parent in wave} - found:
+    while wave := {pid for pid, parent in parents.items() if parent in wave} - found - others:
         found |= wave
     return found
 

@@ -153,6 +153,18 @@ def test_how_it_ended_is_told(tmp_path: Path, command: str, status: int, said: s
     assert (err.splitlines() or [""])[-1].endswith(said) and bool(err) == bool(said)
 
 
+def test_what_its_shell_had_started_is_left_alone(tmp_path: Path) -> None:
+    start(tmp_path, "command = lambda: 0").communicate(timeout=30)
+    script = f"sleep 60 & echo $!; exec {sys.executable} {tmp_path / 'command.py'} 2>&1"
+    done = subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True)
+    assert done.stdout is not None
+    other = psutil.Process(int(done.stdout.readline()))
+    try:
+        assert done.wait(timeout=30) == 0 and other.is_running()
+    finally:
+        other.kill()
+
+
 def test_under_nohup_a_closed_terminal_is_no_end(tmp_path: Path) -> None:
     script = "def command():\n    ready()\n    time.sleep(1)\n    return 0"
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
