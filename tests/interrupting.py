@@ -177,7 +177,7 @@ def interrupt_all(commands: Sequence[Interrupted], timeout: float) -> list[Ended
     """Waits for all of them, side by side, for `timeout` seconds at most."""
     until = time.monotonic() + timeout
     while not all([command.has_ended() for command in commands]) and time.monotonic() < until:
-        time.sleep(0.02)
+        time.sleep(0.05)
     return [command.end() for command in commands]
 
 

@@ -15,14 +15,16 @@ below it leaves behind.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from typing import NoReturn
 
 GRACE = 2.5  # seconds for an orderly end
 _LINGER = 0.5  # seconds for multiprocessing's resource trackers, which free shared memory
@@ -113,7 +115,7 @@ def _run(command: Callable[[], int], sender: int, mask: set[int], watcher: int) 
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != watcher:  # it ended before it could be told to us
         return 128 + signal.SIGTERM
-    status = 128 + signal.SIGTERM
+    status = None
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         status = command()
@@ -123,9 +125,19 @@ def _run(command: Callable[[], int], sender: int, mask: set[int], watcher: int) 
     except Exception:
         if not stopped:
             raise
-    if stopped:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    if status is None:
+        _leave()
     return status
+
+
+def _leave() -> NoReturn:
+    """Engines, temporary folders and the like are ended as the interpreter ends them. The rest of
+    its way out takes seconds with all that vLLM imports, and frees only what the system frees."""
+    with suppress(OSError):  # no one reads it any more
+        sys.stdout.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    atexit._run_exitfuncs()
+    os._exit(128 + signal.SIGTERM)
 
 
 def _tell(sender: int, message: str) -> None:
