@@ -21,6 +21,7 @@ TOGETHER = (
     "tests/integration/test_ab.py",
     "tests/integration/test_eval.py",
     "tests/integration/test_generate.py",
+    "tests/integration/test_interrupt.py",
     "tests/integration/test_report_browser.py",
     "tests/kernels/test_interpreter.py",
     "tests/unit/test_statistics_null.py",

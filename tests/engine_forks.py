@@ -215,9 +215,16 @@ def _run(job: Mapping[str, Any]) -> None:
 
 
 def run_module(name: str, arguments: Sequence[str]) -> None:
-    """As `python -m name` does."""
+    """As `python -m name` does, but for what takes a process long that has all imported and that,
+    as the one that watches the command `cna-vllm`, would have nothing imported."""
     sys.argv = [name, *arguments]
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
+    leader = os.getpid()
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if os.getpid() == leader and isinstance(end.code, int):
+            os._exit(end.code)
+        raise
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cna_vllm.circuit import show
 from cna_vllm.cli.ab_options import arms_of, flags, parser, sampling_of, steering_of
 from cna_vllm.cli.batch_run import check_admission, check_sampling, engine_identity
+from cna_vllm.cli.interrupt import going_on
 from cna_vllm.cli.options import UsageError
 
 if TYPE_CHECKING:
@@ -88,27 +89,31 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         discard(out)
     if out.exists():
         answered(out, rows, batch_identity(args.model, steering, identity))
-    result = run_ab(
-        launch(args),
-        arms,
-        sets,
-        metrics,
-        out=out,
-        sampling=sampling,
-        samples=samples,
-        seed=seed,
-        control=control,
-        raw=raw,
-        analysis=analysis,
-        steering=steering,
-        identity=identity,
-        say=_say,
-    )
-    from cna_vllm.evaluation.answers import collect, read_rows
+    advice = f"what is finished is kept in {out}; run the same command again to go on"
+    with going_on(advice if out.exists() else ""):
+        llm = launch(args)
+    with going_on(advice):
+        result = run_ab(
+            llm,
+            arms,
+            sets,
+            metrics,
+            out=out,
+            sampling=sampling,
+            samples=samples,
+            seed=seed,
+            control=control,
+            raw=raw,
+            analysis=analysis,
+            steering=steering,
+            identity=identity,
+            say=_say,
+        )
+        from cna_vllm.evaluation.answers import collect, read_rows
 
-    test = result.test
-    answers = collect(read_rows(out / ANSWERS), test.arm_names, test.prompt_sets, samples)
-    _show(result, answers, out, options)
+        test = result.test
+        answers = collect(read_rows(out / ANSWERS), test.arm_names, test.prompt_sets, samples)
+        _show(result, answers, out, options)
     return 0
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cna_vllm.cli.interrupt import going_on
 from cna_vllm.cli.options import OptionParser, UsageError, positive_int
 from cna_vllm.evaluation.metrics import load_metric
 from cna_vllm.evaluation.paper.datasets import JBB_HUB, read_jbb, read_strongreject
@@ -46,18 +47,21 @@ def run(argv: list[str]) -> int:
     from cna_vllm.evaluation.paper.study import Study, claim
 
     identity = engine_identity(args)
-    if not options.estimate:
-        claim(Path(options.out), settings, identity)
+    if options.estimate:
+        add_section(args, section(settings))
+        _say(durations(work, measure_speed(launch(args))))
+        return 0
+    out = Path(options.out)
+    with going_on(f"what is finished is kept in {out}; run the same command again to go on"):
+        claim(out, settings, identity)
         if settings.base_model is not None and "structure" in settings.parts:
             _say(f"the base model's circuit: {settings.base_model}")
-            discover_base(args, settings, Path(options.out))
-    add_section(args, section(settings))
-    llm = launch(args)
-    _say(durations(work, measure_speed(llm)))
-    if options.estimate:
-        return 0
-    print(evaluate(Study(llm, settings, Path(options.out), identity, task), say=_say))
-    _say(f"all figures are in {Path(options.out) / 'eval.json'}, answers and reports beside it")
+            discover_base(args, settings, out)
+        add_section(args, section(settings))
+        llm = launch(args)
+        _say(durations(work, measure_speed(llm)))
+        print(evaluate(Study(llm, settings, out, identity, task), say=_say))
+        _say(f"all figures are in {out / 'eval.json'}, answers and reports beside it")
     return 0
 
 

@@ -9,11 +9,12 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 
 from cna_vllm.arms import Arm, check_names, parse_arm, steering_arm
-from cna_vllm.batch.partial import discard
+from cna_vllm.batch.partial import discard, partial_path
 from cna_vllm.batch.plan import Request, plan
 from cna_vllm.batch.reading import BatchPrompt, read_batch
 from cna_vllm.circuit import show
 from cna_vllm.cli.batch_run import check_admission, check_sampling, engine_identity
+from cna_vllm.cli.interrupt import going_on
 from cna_vllm.cli.options import OptionParser, UsageError, check_output, load_circuits
 from cna_vllm.cli.sampling_options import add_sampling_options, sampling_fields
 from cna_vllm.prompts import PromptError
@@ -72,7 +73,11 @@ def run(argv: list[str]) -> int:
         discard(target)
     if done := rows_done(rows, target, identity):
         print(f"going on: {done} of {len(rows)} rows are there", file=sys.stderr)
-    run_batch(launch(args), rows, target, identity=identity)
+    advice = f"rows are kept in {partial_path(target)}; run the same command again to go on"
+    with going_on(advice if done else ""):
+        llm = launch(args)
+    with going_on(advice):
+        run_batch(llm, rows, target, identity=identity)
     print(f"{len(rows)} rows in {options.output}", file=sys.stderr)
     return 0
 

@@ -35,7 +35,10 @@ def run(argv: list[str]) -> int:
 
     serve = ServeSubcommand()
     serve.validate(args)
-    serve.cmd(args)
+    try:
+        serve.cmd(args)
+    except KeyboardInterrupt:  # vLLM's word for SIGTERM; what there is to say follows
+        raise KeyboardInterrupt from None
     return 0
 
 
