@@ -42,6 +42,12 @@ class ControlMetrics:
             ["field"],
             registry=registry,
         )
+        self.failed = Counter(
+            "cna:failed_requests",
+            "Steered requests that were ended: overflow, or rows that were not steered as asked.",
+            ["reason"],
+            registry=registry,
+        )
         self.steered_tokens = Counter(
             "cna:steered_tokens",
             "Token rows that workers steered, by circuit or vector (of one rank).",

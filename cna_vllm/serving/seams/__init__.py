@@ -7,17 +7,20 @@ those of the front end only refuse requests that ask for steering.
 ``tests/integration/test_seams.py`` holds the contract of each seam for the installed version.
 
 ``front_end``: admission; ``api_server``: adapters as models; ``engine_core``: block keys and the
-life of circuits that requests still need; ``worker``: the model and its batch.
+life of circuits that requests still need; ``scheduler``: the account of steered rows; ``worker``:
+the model and its batch; ``failures``: what the core ended, told by the front end.
 """
 
 from __future__ import annotations
 
-from cna_vllm.serving.seams import engine_core, front_end, worker
+from cna_vllm.serving.seams import engine_core, failures, front_end, scheduler, worker
 
 
 def install() -> None:
     """Installs the seams of this process. Cheap: the worker's wait until a worker is built, the
     API server's until its front end is."""
     front_end.install()
+    failures.install()
     engine_core.install()
+    scheduler.install()
     worker.install()
