@@ -151,7 +151,8 @@ def test_scheduler_seams() -> None:
         "scheduler_output",
         "model_runner_output",
     ]
-    assert not {"__init__", "schedule", "update_from_output"} & set(vars(AsyncScheduler))
+    assert not {"schedule", "update_from_output"} & set(vars(AsyncScheduler))
+    assert "super().__init__(*args, **kwargs)" in inspect.getsource(AsyncScheduler.__init__)
     assert parameters(Scheduler.finish_requests)[:3] == ["self", "request_ids", "finished_status"]
     body = inspect.getsource(Scheduler.update_from_output)
     assert "if request is None or request.is_finished():" in body
