@@ -106,6 +106,8 @@ def _plain(output: Any) -> dict[str, Any]:
         "token_ids": [list(o.token_ids) for o in output.outputs],
         "cached": output.num_cached_tokens,
     }
+    if output.outputs[0].finish_reason == "error":
+        result["error"] = output.outputs[0].stop_reason
     if output.outputs[0].logprobs is not None:
         # Hexadecimal, so that a comparison is to the last bit.
         result["logprobs"] = [

@@ -179,9 +179,10 @@ def _first(items: Iterator[Any], count: int) -> Iterator[Any]:
 def _answered(request: Request, output: RequestOutput) -> dict[str, Any]:
     (completion,) = output.outputs
     if completion.finish_reason not in _ANSWERED:
+        why = completion.stop_reason or "its log says why"
         raise BatchError(
-            f"{request.source}: the engine ended it with {completion.finish_reason!r}; "
-            "its log says why"
+            f"{request.source}: the engine ended arm {request.arm.name!r} with "
+            f"{completion.finish_reason!r}: {why}"
         )
     row = {
         **request.to_dict(),

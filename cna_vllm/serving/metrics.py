@@ -43,6 +43,12 @@ class ControlMetrics:
             ["field"],
             registry=registry,
         )
+        self.failed = Counter(
+            "cna:failed_requests",
+            "Steered requests that the engine ended: overflow, uncounted, refused.",
+            ["reason"],
+            registry=registry,
+        )
         self.steered_tokens = Counter(
             "cna:steered_tokens",
             "Token rows that engines steered, by circuit or vector (of one rank of each).",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cna_kernels import backend
+from cna_kernels import backend, mark_overflow
 from cna_vllm.circuit import Circuit
 from cna_vllm.request import FIELD_RECORD, RESOLVED_FIELD, Steering
 from cna_vllm.serving.activation import SteeredActAndMul
@@ -18,6 +18,7 @@ from cna_vllm.serving.gated_mlp import GatedMlp, UnsupportedModelError, ablated_
 from cna_vllm.serving.outputs import hook_outputs, prove_outputs, refuse_unfit
 from cna_vllm.serving.recording import Recorder
 from cna_vllm.serving.state import SteeringState
+from cna_vllm.serving.step_report import StepReport
 from cna_vllm.serving.table import CircuitTable
 from cna_vllm.serving.vector_table import VectorTable
 from cna_vllm.vectors import FORMS, VectorSet
@@ -71,6 +72,9 @@ class SteeringRuntime:
             self.vectors,
             config.max_vectors_per_request if config.max_vectors else 0,
         )
+        # Of each arm, the last step in which a row of it overflowed.
+        self._marks = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        self._mark = 0
         batch = (dtype, max_num_reqs, max_num_tokens, device)
         self.recorders: dict[str, Recorder] = {}
         if config.record:
@@ -157,6 +161,21 @@ class SteeringRuntime:
         self.state.fill(req_ids, num_scheduled_tokens, num_computed_tokens)
         for recorder in self.recorders.values():
             recorder.fill(req_ids, num_scheduled_tokens, num_computed_tokens)
+
+    def finish_step(self, hidden: torch.Tensor) -> StepReport | None:
+        """What the step steered, and which of it overflowed; call after the forward pass, on its
+        stream. None for a step without a steered row, which costs nothing.
+
+        hidden: [tokens, hidden size], the model's last hidden states, rows in batch order.
+        """
+        step = self.state.step
+        if step is None:
+            return None
+        self._mark = self._mark % (2**31 - 1) + 1
+        mark_overflow(hidden, self.state.row_arm, self._marks, self._mark)
+        # Pinned and asynchronous on a GPU: read when the step's tokens have come to the host.
+        marks = self._marks.to("cpu", non_blocking=True, copy=True)
+        return StepReport(step, marks, self._mark)
 
     def start_recording(self, what: str = NEURONS, **plan: Any) -> None:
         """``Recorder.start(**plan)`` of the neurons, of MLP outputs (``mlp``) or of the stream

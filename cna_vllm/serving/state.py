@@ -17,6 +17,15 @@ from cna_vllm.serving.vector_table import VectorTable
 
 
 @dataclass(frozen=True)
+class SteeredRows:
+    """What one step steers: requests, their arms, and how many of their token rows."""
+
+    req_ids: tuple[str, ...]
+    arms: np.ndarray
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class _Arm:
     """What one request wants: table rows, multipliers and coefficients from a position on."""
 
@@ -97,6 +106,8 @@ class SteeringState:
         # What row_arm holds up to its last steered row; all rows after that are -1.
         self._rows = np.empty(0, dtype=np.int32)
         self._steered_tokens: Counter[str] = Counter()
+        self.step: SteeredRows | None = None
+        """What the last ``fill`` steers; None for a step without a steered row."""
 
     @property
     def arm_circuits(self) -> torch.Tensor:
@@ -174,6 +185,7 @@ class SteeringState:
         [len(req_ids)]; row i of a request is its position num_computed_tokens + i. Rows past the
         batch, up to the longest earlier batch, are reset, so padded rows are plain.
         """
+        self.step = None
         if not self._arms:
             self._write_rows(np.empty(0, dtype=np.int32))
             return
@@ -194,7 +206,12 @@ class SteeringState:
         plain = self._first_position[index] - num_computed_tokens[:num_reqs]
         plain = np.where(index < 0, scheduled, np.clip(plain, 0, scheduled))
         steered = scheduled - plain
-        self._tokens[index[index >= 0]] += steered[index >= 0]
+        acting = np.flatnonzero(steered)
+        if acting.size:
+            self._tokens[index[acting]] += steered[acting]
+            self.step = SteeredRows(
+                tuple(req_ids[i] for i in acting), index[acting], tuple(steered[acting].tolist())
+            )
 
         arms = np.stack([np.full(num_reqs, -1, dtype=np.int32), index], axis=1).reshape(-1)
         counts = np.stack([plain, steered], axis=1).reshape(-1)

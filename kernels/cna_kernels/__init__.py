@@ -4,6 +4,7 @@
 from cna_kernels.activations import DTYPES, EAGER
 from cna_kernels.add_vectors import add_vectors, add_vectors_reference
 from cna_kernels.library import act_and_mul_scaled, backend
+from cna_kernels.overflow import mark_overflow, mark_overflow_reference
 from cna_kernels.record_rows import record_rows, record_rows_reference
 from cna_kernels.reference import (
     act_and_mul_scaled_reference,
@@ -22,6 +23,8 @@ __all__ = [
     "add_vectors_reference",
     "backend",
     "check_tables",
+    "mark_overflow",
+    "mark_overflow_reference",
     "mask_width",
     "pack_mask",
     "record_rows",

@@ -200,10 +200,81 @@ def test_worker_seams_v2() -> None:
     assert body.index("model_state.prepare_inputs(") < body.index("run_fullgraph(")
 
 
-def test_scheduler_output_tells_what_the_seams_read() -> None:
-    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+def test_scheduler_seams() -> None:
+    """One way for blocks to be given back, one for requests to end; outputs of those that ended
+    are left out of a step's."""
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import EngineCoreOutput, FinishReason
+    from vllm.v1.request import Request, RequestStatus
 
-    assert {"req_id", "sampling_params"} <= {f.name for f in fields(NewRequestData)}
+    assert parameters(Scheduler.__init__)[:2] == ["self", "vllm_config"]
+    assert parameters(Scheduler.update_from_output) == [
+        "self",
+        "scheduler_output",
+        "model_runner_output",
+    ]
+    assert not {"schedule", "update_from_output"} & set(vars(AsyncScheduler))
+    assert "super().__init__(*args, **kwargs)" in inspect.getsource(AsyncScheduler.__init__)
+    assert parameters(Scheduler.finish_requests)[:3] == ["self", "request_ids", "finished_status"]
+    body = inspect.getsource(Scheduler.update_from_output)
+    assert "if request is None or request.is_finished():" in body
+    for leave in (Scheduler._preempt_request, Scheduler._free_blocks):
+        assert "self._free_request_blocks(request)" in inspect.getsource(leave)
+    assert "self.kv_cache_manager.free(request)" in inspect.getsource(
+        Scheduler._free_request_blocks
+    )
+    preempts = inspect.getsource(Scheduler._preempt_request)
+    assert preempts.index("_free_request_blocks") < preempts.index("num_computed_tokens = 0")
+    assert parameters(KVCacheManager.free) == ["self", "request"]
+    assert "self.block_pool" in inspect.getsource(KVCacheManager.evict_blocks)
+    assert "self.blocks" in inspect.getsource(BlockPool.__init__)
+    assert "num_in_flight_tokens" in inspect.getsource(Request.__init__)
+    assert RequestStatus.get_finished_reason(RequestStatus.FINISHED_ERROR) == FinishReason.ERROR
+    assert {"stop_reason", "events", "trace_headers"} <= set(EngineCoreOutput.__struct_fields__)
+    # Blocks that leave a sliding window are those of steps whose output was processed.
+    skipped = parameters(KVCacheManager.remove_skipped_blocks)
+    assert skipped[:3] == ["self", "request_id", "processed_computed_tokens"]
+
+
+def test_step_seams() -> None:
+    """Both runners sample after the forward pass, from hidden states that are still there; the
+    object that goes to the core is held by the asynchronous one."""
+    from vllm.v1.worker import gpu_model_runner as v1
+    from vllm.v1.worker.gpu import async_utils
+    from vllm.v1.worker.gpu import model_runner as v2
+
+    for module, held in (
+        (v1, v1.AsyncGPUModelRunnerOutput),
+        (v2, async_utils.AsyncOutput),
+    ):
+        assert "hidden_states" in module.ExecuteModelState._fields
+        runner = module.GPUModelRunner
+        assert parameters(runner.execute_model)[:2] == ["self", "scheduler_output"]
+        assert "self.execute_model_state" in inspect.getsource(runner.sample_tokens)
+        assert hasattr(runner, "_init_kv_zero_meta")
+        assert "model_runner_output = model_runner_output" in inspect.getsource(held.__init__)
+        # What is copied to the host before it waits for the copy's event.
+        assert "wait_stream" in inspect.getsource(held.__init__)
+
+
+def test_failure_seam() -> None:
+    """An exception in a request's queue is raised to whoever awaits it, and stays there."""
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+
+    assert parameters(OutputProcessor.process_outputs)[:2] == ["self", "engine_core_outputs"]
+    assert "isinstance(output, Exception)" in inspect.getsource(RequestOutputCollector.put)
+
+
+def test_scheduler_output_tells_what_the_seams_read() -> None:
+    from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+
+    assert {"req_id", "sampling_params", "num_computed_tokens"} <= {
+        f.name for f in fields(NewRequestData)
+    }
+    assert {"req_ids", "num_computed_tokens"} <= {f.name for f in fields(CachedRequestData)}
     assert isinstance(NewRequestData.prompt_len, property)
     assert {"finished_req_ids", "preempted_req_ids", "scheduled_new_reqs"} <= {
         f.name for f in fields(SchedulerOutput)

@@ -134,3 +134,20 @@ def inside_circuits(tables: Tables, rows: int, width: int) -> Tensor:
     """bool [rows, width]: whether a circuit of the row's arm holds the channel."""
     zeroing = tables._replace(arm_multipliers=torch.zeros_like(tables.arm_multipliers))
     return scale_reference(torch.ones(rows, width), *zeroing) == 0
+
+
+def overflow_case(
+    dtype: torch.dtype, rows: int, width: int, arms: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Hidden states, some rows of which are not finite or all zero, and a longer row_arm."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, width, generator=generator)
+    special = (float("inf"), float("-inf"), float("nan"))
+    for row in range(rows):
+        match int(torch.randint(6, (1,), generator=generator)):
+            case n if n < 3:
+                hidden[row, int(torch.randint(width, (1,), generator=generator))] = special[n]
+            case 3:
+                hidden[row] = 0.0
+    row_arm = torch.randint(-2, arms, (rows + 2,), generator=generator, dtype=torch.int32)
+    return hidden.to(dtype), row_arm.clamp(min=-1)

@@ -21,6 +21,8 @@ from cna_kernels import (
     act_and_mul_scaled,
     add_vectors,
     add_vectors_reference,
+    mark_overflow,
+    mark_overflow_reference,
     scale_reference,
 )
 from cna_kernels.act_and_mul_scaled import INTERPRETED
@@ -33,6 +35,7 @@ from tests.kernels.cases import (
     make_tables,
     make_vectors,
     make_x,
+    overflow_case,
     same,
 )
 from tests.quick_interpreter import quicken
@@ -59,6 +62,8 @@ CASES: Final = [
 ]
 
 VECTOR_CASES: Final = list(product(DTYPES, (1536, 7, 1000), ROUTINGS))
+
+OVERFLOW_CASES: Final = list(product(DTYPES, (64, 7, 2050), range(3)))
 
 EXP2_ERROR: Final = {np.dtype(np.float32): 2.0**-21, np.dtype(np.float64): 2.0**-51}
 """Relative, at least twice what the exp2 of a GPU has: ex2.approx, and libdevice's in float64."""
@@ -133,6 +138,15 @@ def check_vectors(dtype: torch.dtype, width: int, routing: str) -> None:
     assert same(hidden, expected), "rows with vectors"
 
 
+def check_overflow(dtype: torch.dtype, width: int, seed: int) -> None:
+    """The same arms are marked as by the reference, and nothing else is written."""
+    hidden, row_arm = overflow_case(dtype, 9, width, ROWS, seed)
+    marks, expected = (torch.arange(ROWS, dtype=torch.int32) for _ in range(2))
+    mark_overflow(hidden, row_arm, marks, 77)
+    mark_overflow_reference(hidden, row_arm, expected, 77)
+    assert torch.equal(marks, expected), f"{marks.tolist()}, not {expected.tolist()}"
+
+
 def to_bfloat16(data: Any) -> Any:
     """Bits of float32 data rounded to the nearest bfloat16, ties to even, as on a device."""
     return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.int16).numpy()
@@ -177,6 +191,11 @@ def main() -> None:
             check_vectors(dtype, width, routing)
         except AssertionError as error:
             failures[f"vectors-{dtype}-{width}-{routing}"] = str(error)
+    for dtype, width, seed in OVERFLOW_CASES:
+        try:
+            check_overflow(dtype, width, seed)
+        except AssertionError as error:
+            failures[f"overflow-{dtype}-{width}-{seed}"] = str(error)
     json.dump({"cases": len(CASES), "failures": failures}, sys.stdout)
 
 

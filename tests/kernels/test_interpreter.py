@@ -46,3 +46,9 @@ def test_every_gate(report: dict[str, Any], dtype: Any, activation: str, sign: i
 def test_vectors(report: dict[str, Any], dtype: Any, width: int, routing: str) -> None:
     name = f"vectors-{dtype}-{width}-{routing}"
     assert name not in report["failures"], report["failures"][name]
+
+
+@pytest.mark.parametrize(("dtype", "width", "seed"), interpreter_worker.OVERFLOW_CASES)
+def test_overflow(report: dict[str, Any], dtype: Any, width: int, seed: int) -> None:
+    name = f"overflow-{dtype}-{width}-{seed}"
+    assert name not in report["failures"], report["failures"][name]

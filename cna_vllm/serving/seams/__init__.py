@@ -8,18 +8,28 @@ those of the front end only refuse requests that ask for steering.
 
 ``front_end``: admission; ``api_server``: adapters as models; ``engine_core``: what was not admitted
 is refused, block keys, and the life of circuits that requests still need; ``engines``: all engines
-of a deployment; ``worker``: the model and its batch.
+of a deployment; ``scheduler``: the account of steered rows; ``worker``: the model and its batch;
+``failures``: what the core ended, told by the front end.
 """
 
 from __future__ import annotations
 
-from cna_vllm.serving.seams import engine_core, engines, front_end, worker
+from cna_vllm.serving.seams import (
+    engine_core,
+    engines,
+    failures,
+    front_end,
+    scheduler,
+    worker,
+)
 
 
 def install() -> None:
     """Installs the seams of this process. Cheap: the worker's wait until a worker is built, the
     API server's until its front end is."""
     front_end.install()
+    failures.install()
     engine_core.install()
     engines.install()
+    scheduler.install()
     worker.install()

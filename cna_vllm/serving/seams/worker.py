@@ -6,11 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from cna_vllm.serving.attach import attach
 from cna_vllm.serving.config import CnaConfig
 from cna_vllm.serving.runtime import SteeringRuntime
+from cna_vllm.serving.seams.kv_blocks import zero_blocks
+from cna_vllm.serving.seams.scheduler import REPORT_ATTRIBUTE, SCRUB_ATTRIBUTE
 from cna_vllm.serving.seams.wrapping import wrap
 from cna_vllm.serving.vllm_model import refuse_unsupported
 from cna_vllm.serving.worker_rpc import RPC_METHODS
@@ -37,6 +40,7 @@ def _worker_init(original: Callable[..., None]) -> Callable[..., None]:
             from vllm.v1.worker.gpu import model_states
 
             wrap(model_states, "resolve_model_state_cls", _v2_state_cls)
+            _install_steps(_v2_runner())
         else:
             _install_v1()
 
@@ -52,6 +56,45 @@ def _install_v1() -> None:
     wrap(GPUModelRunner, "load_model", _v1_load_model)
     wrap(GPUModelRunner, "_update_states", _v1_update_states)
     wrap(GPUModelRunner, "_prepare_inputs", _v1_prepare_inputs)
+    _install_steps(GPUModelRunner)
+
+
+def _v2_runner() -> type:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    runner: type = GPUModelRunner
+    return runner
+
+
+def _install_steps(runner: type) -> None:
+    """What both runners have: a step begins, and its tokens are sampled."""
+    wrap(runner, "execute_model", _execute_model)
+    wrap(runner, "sample_tokens", _sample_tokens)
+
+
+def _execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if (blocks := getattr(scheduler_output, SCRUB_ATTRIBUTE, None)) is not None:
+            zero_blocks(self, blocks)
+        return original(self, scheduler_output, *args, **kwargs)
+
+    return execute_model
+
+
+def _sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state, report = self.execute_model_state, None
+        if state is not None and isinstance(state.hidden_states, torch.Tensor):
+            report = _held_runtime(self).finish_step(state.hidden_states)
+        output = original(self, *args, **kwargs)
+        if report is not None:
+            # An asynchronous output holds the one that goes to the core, by either name.
+            held = getattr(output, "model_runner_output", output)
+            held = getattr(held, "_model_runner_output", held)
+            setattr(held, REPORT_ATTRIBUTE, report)
+        return output
+
+    return sample_tokens
 
 
 def _v1_load_model(original: Callable[..., None]) -> Callable[..., None]:
@@ -137,9 +180,13 @@ def _v2_state_cls(original: Callable[..., type]) -> Callable[..., type]:
 
 def runtime_of(worker: Any) -> SteeringRuntime:
     """The runtime of a worker, whichever model runner it has."""
-    runner = worker.model_runner
+    return _held_runtime(worker.model_runner)
+
+
+def _held_runtime(runner: Any) -> SteeringRuntime:
     holder = getattr(runner, "model_state", runner)
-    return getattr(holder, RUNTIME_ATTRIBUTE)
+    runtime: SteeringRuntime = getattr(holder, RUNTIME_ATTRIBUTE)
+    return runtime
 
 
 def runner_of(worker: Any) -> str:

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The core's account of steering: every token row that must be steered was, and stayed finite.
+
+What must be steered follows from the scheduler's own numbers; what was, the workers tell with each
+step's tokens. A request of which the two differ, or of which a row overflowed, ends with an error
+in place of its text. The KV cache blocks of the latter are scrubbed before anybody has them again:
+attention multiplies what is past a sequence's end by 0, and a NaN stays one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from cna_vllm.request import FIELD_CIRCUIT, FIELD_MULTIPLIER, RESOLVED_FIELD, Steering
+from cna_vllm.serving.step_report import SentReport, StepReport
+
+OVERFLOW = f"{FIELD_MULTIPLIER}: the steered activations left the range of "
+UNCOUNTED = f"{FIELD_CIRCUIT}: steered "
+
+
+def overflow_message(dtype: str) -> str:
+    """Why a request that overflowed was ended."""
+    return (
+        f"{OVERFLOW}{dtype}; use a multiplier nearer to 1, fewer neurons or, in float16, bfloat16"
+    )
+
+
+def uncounted_message(steered: int, expected: int) -> str:
+    """Why a request was ended of which not exactly the right rows were steered."""
+    return (
+        f"{UNCOUNTED}{steered} token rows of a step in place of {expected}; the request was ended, "
+        "since its text would not be that of its circuit"
+    )
+
+
+def failure_of(message: str) -> str:
+    """What a message is of: `overflow`, `uncounted`, or a request that the core `refused`."""
+    if message.startswith(OVERFLOW):
+        return "overflow"
+    return "uncounted" if message.startswith(UNCOUNTED) else "refused"
+
+
+class Ledger:
+    """The steered requests of one scheduler, from their first step to their end."""
+
+    def __init__(self, dtype: str) -> None:
+        self._dtype = dtype
+        self._first: dict[str, int] = {}
+        self._failed: set[str] = set()
+        # Blocks with unsound contents: those that others still hold, and those to be zeroed.
+        self._tainted: set[int] = set()
+        self._scrub: set[int] = set()
+
+    def begin_step(self, scheduler_output: Any) -> None:
+        """Takes in the requests that a step brings or ends."""
+        for req_id in scheduler_output.finished_req_ids:
+            self._first.pop(req_id, None)
+            self._failed.discard(req_id)
+        for new in scheduler_output.scheduled_new_reqs:
+            params = new.sampling_params
+            resolved = (getattr(params, "extra_args", None) or {}).get(RESOLVED_FIELD)
+            if resolved is not None:
+                steering = Steering.from_field(resolved)
+                self._first[new.req_id] = steering.first_position(new.prompt_len)
+
+    def check(
+        self, scheduler_output: Any, report: StepReport | SentReport | None
+    ) -> dict[str, str]:
+        """Request id -> message, for each request that must end with an error."""
+        if not self._first:
+            return {}
+        wrong: dict[str, str] = {}
+        rows: Mapping[str, int] = {} if report is None else report.rows()
+        scheduled = scheduler_output.num_scheduled_tokens
+        for req_id, computed in _computed(scheduler_output):
+            first = self._first.get(req_id)
+            if first is None or req_id not in scheduled:
+                continue
+            tokens = scheduled[req_id]
+            expected = tokens if computed >= first else max(computed + tokens - first, 0)
+            steered = rows.get(req_id, 0)
+            if steered != expected:
+                wrong[req_id] = uncounted_message(steered, expected)
+        for req_id in report.overflowed() if report is not None else ():
+            if req_id in self._first:
+                wrong[req_id] = overflow_message(self._dtype)
+                self._failed.add(req_id)
+        return wrong
+
+    def unsound_from(self, req_id: str, computed: int, in_flight: int) -> int | None:
+        """First position of a request, which gives its blocks back, whose KV may not be finite.
+
+        computed, in_flight: tokens that it was scheduled for, and those of them in steps whose
+        report has not come yet. None where all are known to be sound.
+        """
+        first = self._first.get(req_id)
+        if first is None or not (in_flight or req_id in self._failed):
+            return None
+        return first if req_id in self._failed else max(first, computed - in_flight)
+
+    def taint(self, blocks: Iterable[int]) -> None:
+        """Blocks that hold what is not sound; those that equally steered requests share stay until
+        the last of these, which reads the same and so fails too, has given them back."""
+        self._tainted.update(blocks)
+
+    def scrub_unused(self, is_used: Any) -> None:
+        """Tainted blocks that nobody holds any more will be zeroed. is_used: block id -> bool."""
+        free = {block for block in self._tainted if not is_used(block)}
+        self._tainted -= free
+        self._scrub |= free
+
+    @property
+    def has_tainted(self) -> bool:
+        """Whether some block is tainted and still held."""
+        return bool(self._tainted)
+
+    def take_scrub(self) -> list[int]:
+        """Blocks that workers must zero before the coming step's forward pass."""
+        taken = sorted(self._scrub)
+        self._scrub.clear()
+        return taken
+
+
+def _computed(scheduler_output: Any) -> Iterable[tuple[str, int]]:
+    """(request id, tokens computed before the step) of every request of a step."""
+    for new in scheduler_output.scheduled_new_reqs:
+        yield new.req_id, new.num_computed_tokens
+    cached = scheduler_output.scheduled_cached_reqs
+    yield from zip(cached.req_ids, cached.num_computed_tokens, strict=True)
