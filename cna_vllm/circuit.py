@@ -267,7 +267,7 @@ def _checked_neurons(
                 raise CircuitError(
                     f"{where}: {name!r} must be an integer from 0 to {limit - 1}, not {show(value)}"
                 )
-        checked.append(Neuron(neuron.layer, neuron.index, _checked_delta(where, neuron.delta)))
+        checked.append(Neuron(neuron.layer, neuron.index, checked_delta(where, neuron.delta)))
     if not checked:
         raise CircuitError("'neurons' is empty; a circuit has at least one")
     checked.sort()
@@ -279,7 +279,8 @@ def _checked_neurons(
     return tuple(checked)
 
 
-def _checked_delta(where: str, value: object) -> float:
+def checked_delta(where: str, value: object) -> float:
+    """Raises CircuitError, naming `where`, unless `value` is a finite number."""
     try:
         if isinstance(value, float) or is_int(value):
             delta = float(value)  # type: ignore[arg-type]
