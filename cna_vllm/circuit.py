@@ -8,6 +8,7 @@ import json
 import math
 import os
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -202,6 +203,13 @@ class Circuit:
             OSError: the folder does not exist or cannot be written.
         """
         write_atomic(path, [json.dumps(self.to_dict(), indent=1, allow_nan=False), "\n"])
+
+
+def shared_neurons(circuits: Iterable[Circuit]) -> int:
+    """How many neurons are in more than one of these circuits of one model: where they steer the
+    same request, such a neuron gets the product of their multipliers."""
+    seen = Counter((n.layer, n.index) for circuit in circuits for n in circuit.neurons)
+    return sum(count > 1 for count in seen.values())
 
 
 def show(value: object) -> str:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Prompt:
             ids = self.token_ids
             if not isinstance(ids, list | tuple) or not ids or not all(map(_is_id, ids)):
                 raise PromptError("token ids must be a non-empty list of whole numbers from 0")
-            object.__setattr__(self, "token_ids", tuple(ids))
+            object.__setattr__(self, "token_ids", tuple(map(int, ids)))
             return
         if (self.text is None) == (self.messages is None):
             raise PromptError("give exactly one of 'prompt' and 'messages'")
@@ -218,7 +219,7 @@ def at_line(name: str, number: int) -> Iterator[None]:
 
 
 def _is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
 def _read_txt(name: str, text: str, column: str) -> Iterator[Prompt]:

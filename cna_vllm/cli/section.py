@@ -11,6 +11,7 @@ from typing import Any
 
 from cna_vllm.circuit import Circuit, CircuitError, show
 from cna_vllm.cli.usage import UsageError
+from cna_vllm.request import DEFAULT_SCOPE
 from cna_vllm.serving.adapter import Adapter
 from cna_vllm.serving.config import CONFIG_KEY, CnaConfig
 
@@ -78,16 +79,17 @@ def describe(adapter: Mapping[str, Any]) -> str:
     """An adapter's object in its short form."""
     pairs = []
     for names, numbers in (("circuit", "multiplier"), ("vector", "coefficient")):
-        name, number = adapter.get(names), adapter.get(numbers)
-        both = zip(name, number, strict=False) if _lists(name, number) else [(name, number)]
-        pairs += [f"{one}@{value}" for one, value in both if one is not None]
+        both = zip(_list(adapter.get(names)), _list(adapter.get(numbers)), strict=False)
+        pairs += [f"{name}@{number}" for name, number in both]
     text = "+".join(pairs)
-    text += f":{adapter['scope']}" if adapter.get("scope", "last") != "last" else ""
+    text += f":{adapter['scope']}" if adapter.get("scope", DEFAULT_SCOPE) != DEFAULT_SCOPE else ""
     return f"{text} with LoRA {adapter['lora']}" if adapter.get("lora") else text
 
 
-def _lists(name: Any, number: Any) -> bool:
-    return isinstance(name, list | tuple) and isinstance(number, list | tuple)
+def _list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _same(key: str, first: Any, second: Any) -> bool:
@@ -111,12 +113,6 @@ def _digest(key: str, path: str) -> str:
 
 
 def _canonical(adapter: Any) -> Any:
-    """With lists where there is one, and defaults filled in."""
-    value = {"scope": "last", **Adapter.from_dict(adapter).to_dict()}
-    return {
-        key: list(entry) if isinstance(entry, list | tuple) else entry if key in _ONE else [entry]
-        for key, entry in value.items()
-    }
-
-
-_ONE = ("scope", "lora")
+    """With lists for single values, and the default scope filled in."""
+    value = {"scope": DEFAULT_SCOPE, **Adapter.from_dict(adapter).to_dict()}
+    return {key: _list(entry) for key, entry in value.items()}

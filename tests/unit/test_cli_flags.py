@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from pathlib import Path
@@ -129,15 +130,20 @@ def _words(groups: list[str]) -> list[str]:
 
 def theirs(argv: list[str]) -> dict[str, Any] | None:
     """What vLLM's own parser makes of it; None where it refuses."""
+    try:
+        found = vars(_their_parser().parse_args(argv))
+    except (SystemExit, IndexError):
+        return None
+    return _without_model(found)
+
+
+@functools.cache
+def _their_parser() -> Any:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = make_server_arg_parser(FlexibleArgumentParser())
     set_cpu_defaults(parser)
-    try:
-        found = vars(parser.parse_args(argv))
-    except (SystemExit, IndexError):
-        return None
-    return _without_model(found)
+    return parser
 
 
 def ours(argv: list[str]) -> dict[str, Any] | None:
