@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from cna_vllm.prompts import Prompt
@@ -18,6 +19,17 @@ def templated(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> bool:
     if prompt.token_ids is not None:
         return False
     return prompt.messages is not None or (not raw and has_template(tokenizer))
+
+
+def chat_template_used(
+    tokenizer: Any, prompts: Sequence[Prompt], *, raw: bool = False
+) -> bool | str:
+    """Whether ``render`` applies the chat template to prompts: what provenance says of them.
+
+    A text where it is so for some of them only.
+    """
+    count = sum(templated(tokenizer, prompt, raw=raw) for prompt in prompts)
+    return bool(count) if count in (0, len(prompts)) else f"for {count} of {len(prompts)} prompts"
 
 
 def render(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:

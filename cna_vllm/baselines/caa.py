@@ -21,9 +21,9 @@ from cna_vllm.discovery.prefill import (
     DiscoveryError,
     TokenIds,
     as_prompts,
-    chat_template_used,
     encode,
     prefill,
+    templated,
 )
 from cna_vllm.discovery.record import assemble
 from cna_vllm.prompts import PromptLike, prompts_digest
@@ -85,9 +85,7 @@ def discover_vectors(
             "name": "caa",
             "form": form,
             "layers": chosen,
-            "chat_template": chat_template_used(
-                llm, [*positive, *negative], raw=raw, system=system
-            ),
+            "chat_template": templated(llm, [*positive, *negative], raw=raw, system=system),
             "system": system,
             "position": "last prompt token",
             "means": "float64",

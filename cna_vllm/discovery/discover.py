@@ -23,7 +23,7 @@ from cna_vllm.discovery.prefill import (
     DiscoveryError,
     TokenIds,
     as_prompts,
-    chat_template_used,
+    templated,
 )
 from cna_vllm.discovery.sets import NEGATIVE, POSITIVE, PromptSets, encode_sets, record_sets
 from cna_vllm.discovery.stability import bootstrap as bootstrapped
@@ -112,7 +112,7 @@ def discover(
             "no neuron differs between the two prompt sets; they must differ in the behaviour"
         )
     found = method.describe(
-        chat_template_used(llm, [*positive, *negative], raw=method.raw, system=method.system)
+        templated(llm, [*positive, *negative], raw=method.raw, system=method.system)
     )
     if len(neurons) < method.k:
         found["selected"] = len(neurons)  # the others of k would differ by nothing

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cna_vllm.prompts import Prompt, PromptError, PromptLike, prompts_of
-from cna_vllm.rendering import render, templated
+from cna_vllm.rendering import chat_template_used, render
 from cna_vllm.request import FIELD_RECORD
 
 if TYPE_CHECKING:
@@ -90,16 +90,13 @@ def encode(
     return encoded
 
 
-def chat_template_used(
+def templated(
     llm: LLM, prompts: Sequence[Prompt], *, raw: bool, system: str | None
 ) -> bool | str:
-    """Whether ``encode`` puts prompts through the model's chat template: what provenance says.
-
-    A text where it is so for some of them only.
-    """
-    tokenizer = llm.get_tokenizer()
-    count = sum(templated(tokenizer, _with_system(prompt, system), raw=raw) for prompt in prompts)
-    return bool(count) if count in (0, len(prompts)) else f"for {count} of {len(prompts)} prompts"
+    """Whether ``encode`` puts prompts through the chat template: see ``chat_template_used``."""
+    return chat_template_used(
+        llm.get_tokenizer(), [_with_system(prompt, system) for prompt in prompts], raw=raw
+    )
 
 
 def _with_system(prompt: Prompt, system: str | None) -> Prompt:

@@ -45,10 +45,10 @@ def test_a_byte_order_mark_is_no_part_of_any_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 def test_csv_is_read_as_pythons_csv_reads_the_open_file(tmp_path: Path, newline: str) -> None:
-    prompts = [f"one{end}two" for end in ENDS] + [ENDS, "a\nb", "a\r\nb", 'quo"te', " x "]
+    prompts = [f"one{end}two" for end in ENDS] + ["a\nb", "a\r\nb", 'quo"te', " x "]
     path = tmp_path / "p.csv"
     with open(path, "w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file, lineterminator=newline)
+        rows = csv.writer(file, lineterminator=newline, quoting=csv.QUOTE_ALL)
         rows.writerow(["id", "prompt"])
         rows.writerows((f"r{i}", prompt) for i, prompt in enumerate(prompts))
     with open(path, encoding="utf-8", newline="") as file:
