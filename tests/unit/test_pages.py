@@ -86,3 +86,15 @@ def test_models_are_hub_ids_or_ours() -> None:
             if words[0] == "cna-vllm" and words[1] not in ("inspect", "compare"):
                 model = words[2]
                 assert model == "smollm2" or "/" in model or Path(model).exists(), words
+
+
+def test_the_file_of_flags(tmp_path: Path) -> None:
+    """The serving page's example of `--config`."""
+    (block,) = (b for b in blocks("yaml") if b.text.startswith("circuit:"))
+    (tmp_path / "c.yaml").write_text(block.text)
+    options, rest = serve._parser().split(["m", f"--config={tmp_path / 'c.yaml'}"])
+    assert options.circuit == ["french=french.json"] and options.max_multiplier == 10
+    assert options.adapter == ["french-off=french@0", "french-more=french@2:all"]
+    args = serve.server_args(rest)
+    assert (args.max_model_len, args.dtype) == (512, "float32")
+    assert args.additional_config == {"cna": {"circuits": {"other": "other.json"}}}
