@@ -34,7 +34,7 @@ def flag(word: str) -> str:
 
 
 def take_ours(
-    rest: Sequence[str], actions: Actions, given: Mapping[str, Group]
+    rest: Sequence[str], actions: Actions, given: Mapping[str, Sequence[Group]]
 ) -> tuple[list[Group], list[str]]:
     """The options that the file of `--config` in `rest` sets, and `rest` without them.
 
@@ -59,12 +59,11 @@ def take_ours(
     for key, value in ours.items():
         action = actions[flag(f"--{key}")]
         groups = list(_groups(path, key, action, value))
-        if action.dest in given and not isinstance(action, argparse._AppendAction):
-            if [_values(group) for group in groups] != [_values(given[action.dest])]:
-                raise UsageError(
-                    f"{given[action.dest][0]}: {path} has another value for it; drop one of the two"
-                )
-            continue
+        if groups and (before := given.get(action.dest)):
+            there = [_values(group) for group in before]
+            groups = [group for group in groups if _values(group) not in there]
+            if groups and not isinstance(action, argparse._AppendAction):
+                raise UsageError(f"{before[-1][0]}: {path} has another value; drop one of the two")
         found += groups
     if ours:
         left = {key: value for key, value in settings.items() if key not in ours}

@@ -63,14 +63,14 @@ class OptionParser(argparse.ArgumentParser):
 
             parse_engine_args(self.command, argv)  # prints them and exits
         mine: list[Group] = []
-        given: dict[str, Group] = {}
+        given: dict[str, list[Group]] = {}
         rest: list[str] = []
         for action, group in self._groups(argv):
             if action is None:
                 rest += group
             else:
                 mine.append(group)
-                given[action.dest] = group
+                given.setdefault(action.dest, []).append(group)
         if "--config" not in self._option_string_actions:
             from_file, rest = take_ours(rest, self._option_string_actions, given)
             mine = [*from_file, *mine]

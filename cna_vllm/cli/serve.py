@@ -30,16 +30,19 @@ def run(argv: list[str]) -> int:
     args = server_args(rest)
     add_to(args, section, options.adapter)
     cna = args.additional_config[CONFIG_KEY]
+
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    server = ServeSubcommand()
+    try:
+        server.validate(args)
+    except TypeError as error:  # what vLLM raises for flags that do not go together
+        raise UsageError(str(error)) from error
     if (registry_dir := cna.get("registry_dir")) is not None:
         RegistryStore(registry_dir).claim()
     os.environ["VLLM_PLUGINS"] = plugins_with_ours(os.environ.get("VLLM_PLUGINS"))
     print(f"cna-vllm: {loaded(cna)}", file=sys.stderr, flush=True)
-
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-
-    serve = ServeSubcommand()
-    serve.validate(args)
-    serve.cmd(args)
+    server.cmd(args)
     return 0
 
 

@@ -86,6 +86,8 @@ def test_a_file_of_flags_may_hold_all_of_ours(folder: Path) -> None:
     assert names(section) == (["a+b", "one", "two"], ["one-off", "plus"])
     assert section["max_circuits"] == 5 and section["circuit_dir"] == str(folder / "dir")
     assert section["adapters"]["plus"]["circuit"] == ["a+b", "one"]
+    same = ("--circuit=one=one.json", "--max-circuits", "5", "--circuit-dir=dir")
+    assert names(cna(config, *same))[0] == ["one", "two"]
     more = (config, given(circuits={"three": "one.json"}))
     assert names(cna(*more))[0] == ["one", "three", "two"]
 
@@ -121,6 +123,7 @@ def test_every_option_of_a_command_may_stand_in_the_file(folder: Path) -> None:
         (["--adapter=x=one"], "CIRCUIT@M"),
         (["--adapter=x"], "NAME=CIRCUIT@M"),
         (["--registry-dir=r"], "add --circuit-dir"),
+        (["--enable-auto-tool-choice"], "requires --tool-call-parser"),
         (["--config", "none.yaml"], "none.yaml: cannot be read"),
         (["--config"], "name one file, once"),
         (["--config=a.yaml", "--config=b.yaml"], "name one file, once"),
@@ -145,7 +148,7 @@ def test_what_agrees_is_taken(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "argv", "says"),
     [
-        ({"max-circuits": 4}, ["--max-circuits=5"], "--max-circuits=5: c.yaml has another value"),
+        ({"max-circuits": 4}, ["--max-circuits=5"], "--max-circuits=5: c.yaml has another value;"),
         ({"circuit": None}, [], "circuit needs a value"),
         ({"circuit_dir": True}, [], "circuit_dir needs a value"),
         ({"circuit": ["one=one.json"]}, ["--circuit=one=two.json"], "given twice"),
