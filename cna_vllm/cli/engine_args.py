@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cna_vllm.cli.options import UsageError
-from cna_vllm.cli.section import loaded, merge, section_of
+from cna_vllm.cli.section import loaded, merge, section_of, with_section
 from cna_vllm.models import resolve_model
 from cna_vllm.serving.config import CONFIG_KEY
 
@@ -58,9 +58,7 @@ def add_section(args: EngineArgs | argparse.Namespace, cna: Mapping[str, Any]) -
     section = merge({**given, **room}, {**cna, **room})
     if room.get("max_vectors") and section.get("vectors"):
         section["max_vectors"] = max(room["max_vectors"], len(section["vectors"]))
-    config = {**(args.additional_config or {}), CONFIG_KEY: section}
-    section_of(config)
-    args.additional_config = config
+    args.additional_config = with_section(args.additional_config, section)
     if any(given.get(key) for key in ("circuits", "vectors", "adapters")):
         print(f"cna-vllm: {loaded(section)}", file=sys.stderr)
 

@@ -20,14 +20,32 @@ _NAMED = ("circuits", "vectors", "adapters")
 
 
 def section_of(additional_config: Any) -> dict[str, Any]:
-    """What `additional_config` says of ours; empty where it says nothing.
+    """What `additional_config` says of ours; empty where it says nothing. Only its shape is
+    checked: limits may be set elsewhere.
 
     Raises:
-        CnaConfigError: it is not understood.
+        UsageError: it is not an object, or one of its parts that have names is not.
     """
-    if CnaConfig.from_additional_config(additional_config) is None:
+    if not isinstance(additional_config, Mapping) or CONFIG_KEY not in additional_config:
         return {}
-    return dict(additional_config[CONFIG_KEY])
+    section = additional_config[CONFIG_KEY]
+    if not isinstance(section, Mapping):
+        raise UsageError(f"additional_config: {CONFIG_KEY} must be an object, not {show(section)}")
+    for key in _NAMED:
+        if not isinstance(section.get(key, {}), Mapping):
+            raise UsageError(f"additional_config: cna.{key} must be an object")
+    return dict(section)
+
+
+def with_section(additional_config: Any, section: Section) -> dict[str, Any]:
+    """`additional_config` with this section in it.
+
+    Raises:
+        CnaConfigError: no engine can be started with it.
+    """
+    config = {**(additional_config or {}), CONFIG_KEY: dict(section)}
+    CnaConfig.from_additional_config(config)
+    return config
 
 
 def merge(first: Section, second: Section, where: str = "additional_config") -> dict[str, Any]:

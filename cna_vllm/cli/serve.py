@@ -13,7 +13,7 @@ from typing import Any
 from cna_vllm.circuit import Circuit, CircuitError, show
 from cna_vllm.circuit_file import read_json
 from cna_vllm.cli.options import OptionParser, UsageError, load_circuits, positive_int
-from cna_vllm.cli.section import loaded, merge, section_of
+from cna_vllm.cli.section import loaded, merge, section_of, with_section
 from cna_vllm.models import resolve_model
 from cna_vllm.request import SteeringError
 from cna_vllm.serving.adapter import Adapter
@@ -98,9 +98,7 @@ def add_to(args: argparse.Namespace, flags: Mapping[str, Any], adapters: Sequenc
                 )
     if section.get("registry_dir") is not None and section.get("circuit_dir") is None:
         raise UsageError("--registry-dir keeps what is loaded at run time; add --circuit-dir")
-    config = {**(args.additional_config or {}), CONFIG_KEY: section}
-    section_of(config)
-    args.additional_config = config
+    args.additional_config = with_section(args.additional_config, section)
 
 
 def _named(argument: str) -> tuple[str, str]:

@@ -119,6 +119,8 @@ def test_every_option_of_a_command_may_stand_in_the_file(folder: Path) -> None:
         ([given(circuit_dir="/x"), "--circuit-dir=dir"], "circuit_dir"),
         ([given(circuit="one.json")], "unknown key 'circuit'"),
         (["--additional-config", '{"cna": []}'], "must be an object"),
+        ([given(circuits=["one.json"])], "cna.circuits must be an object"),
+        ([given(circuits={f"c{i}": "one.json" for i in range(129)})], "raise max_circuits"),
         (["--adapter=x=one@0"], "no circuit is named 'one'"),
         (["--adapter=x=one"], "CIRCUIT@M"),
         (["--adapter=x"], "NAME=CIRCUIT@M"),
@@ -136,6 +138,13 @@ def test_what_contradicts_is_refused(
     assert main(["serve", "m", *argv]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and says in told
+
+
+def test_a_limit_may_be_raised_in_another_place(folder: Path) -> None:
+    many = {f"c{i}": "one.json" for i in range(129)}
+    assert len(cna(given(circuits=many), "--max-circuits=129")["circuits"]) == 129
+    two = (given(vectors={"v": "v.safetensors"}), given(max_vectors=2))
+    assert cna(*two) == {"vectors": {"v": "v.safetensors"}, "max_vectors": 2}
 
 
 def test_what_agrees_is_taken(folder: Path) -> None:
