@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from cna_vllm.circuit import show
@@ -16,6 +17,8 @@ from cna_vllm.request import (
     steer,
     steer_vector,
 )
+
+Pairs = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -87,24 +90,38 @@ def steering_arm(circuits: Sequence[tuple[str, float]], scope: str = DEFAULT_SCO
     return Arm(body if scope == DEFAULT_SCOPE else f"{body}:{scope}", tuple(circuits), scope)
 
 
-def parse_steering(text: str) -> tuple[tuple[tuple[str, float], ...], str]:
+def parse_steering(
+    text: str, known: Collection[str] = ()
+) -> tuple[tuple[tuple[str, float], ...], str]:
     """Reads `CIRCUIT@M[+CIRCUIT@M...][:SCOPE]` as (circuit, multiplier) pairs and a scope.
 
+    Args:
+        known: names that there are. A name may hold `+` and `@` where the text can be read in one
+            way only with names of these; else every `+` begins another pair.
+
     Raises:
-        SteeringError: it has another form; the values themselves are not checked here.
+        SteeringError: it has another form, or can be read in two ways; the values themselves are
+            not checked here.
     """
     head, separator, tail = text.rpartition(":")
     body, scope = (head, tail) if separator and tail in SCOPES else (text, DEFAULT_SCOPE)
+    found = list(islice(_readings(body, known), 2))
+    if len(found) > 1:
+        one, two = (" and ".join(f"{show(n)} at {m:g}" for n, m in pairs) for pairs in found)
+        raise SteeringError("arm", f"{show(text)} can be read as {one}, or as {two}; rename one")
+    if found:
+        return found[0], scope
     return tuple(_pair(part, text) for part in body.split("+")), scope
 
 
-def parse_arm(text: str, vectors: Collection[str] = ()) -> Arm:
+def parse_arm(text: str, vectors: Collection[str] = (), circuits: Collection[str] = ()) -> Arm:
     """Reads `NAME=CIRCUIT@M[+CIRCUIT@M...][:SCOPE]`, the same without `NAME=`, or `NAME=plain`.
 
     Without a name the arm is called by its steering, `plain` by that.
 
     Args:
         vectors: names that stand for vectors: then the number after `@` is a coefficient.
+        circuits: names of circuits; these and those of vectors may hold `+`, see `parse_steering`.
 
     Raises:
         SteeringError: it has another form, or steering that no engine would take.
@@ -116,7 +133,7 @@ def parse_arm(text: str, vectors: Collection[str] = ()) -> Arm:
         raise SteeringError("arm", f"{show(text)} has no name; write NAME=CIRCUIT@M[:SCOPE]")
     if steering == "plain":
         return Arm(name)
-    pairs, scope = parse_steering(steering)
+    pairs, scope = parse_steering(steering, [*vectors, *circuits])
     return Arm(
         name,
         tuple(pair for pair in pairs if pair[0] not in vectors),
@@ -140,6 +157,24 @@ def _columns(pairs: Sequence[tuple[str, float]]) -> tuple[Any, Any]:
     if len(pairs) == 1:
         return pairs[0]
     return ([n for n, _ in pairs], [x for _, x in pairs]) if pairs else (None, None)
+
+
+def _readings(body: str, known: Collection[str]) -> Iterator[Pairs]:
+    """Every way to read the whole of `body` as pairs of known names and numbers."""
+    for name in known:
+        rest = body.removeprefix(f"{name}@")
+        if rest == body:
+            continue
+        pieces = rest.split("+")
+        for end in range(1, len(pieces) + 1):  # a number may hold a +, too: 1e+5
+            try:
+                first = (name, float("+".join(pieces[:end])))
+            except ValueError:
+                continue
+            if end == len(pieces):
+                yield (first,)
+            else:
+                yield from ((first, *more) for more in _readings("+".join(pieces[end:]), known))
 
 
 def _pair(part: str, whole: str) -> tuple[str, float]:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -204,6 +205,13 @@ class Circuit:
         write_atomic(path, [json.dumps(self.to_dict(), indent=1, allow_nan=False), "\n"])
 
 
+def shared_neurons(circuits: Iterable[Circuit]) -> int:
+    """How many neurons are in more than one of these circuits of one model: where they steer the
+    same request, such a neuron gets the product of their multipliers."""
+    seen = Counter((n.layer, n.index) for circuit in circuits for n in circuit.neurons)
+    return sum(count > 1 for count in seen.values())
+
+
 def show(value: object) -> str:
     """`value` for an error message: short, on one line, whatever it is."""
     try:
@@ -267,7 +275,7 @@ def _checked_neurons(
                 raise CircuitError(
                     f"{where}: {name!r} must be an integer from 0 to {limit - 1}, not {show(value)}"
                 )
-        checked.append(Neuron(neuron.layer, neuron.index, _checked_delta(where, neuron.delta)))
+        checked.append(Neuron(neuron.layer, neuron.index, checked_delta(where, neuron.delta)))
     if not checked:
         raise CircuitError("'neurons' is empty; a circuit has at least one")
     checked.sort()
@@ -279,7 +287,8 @@ def _checked_neurons(
     return tuple(checked)
 
 
-def _checked_delta(where: str, value: object) -> float:
+def checked_delta(where: str, value: object) -> float:
+    """Raises CircuitError, naming `where`, unless `value` is a finite number."""
     try:
         if isinstance(value, float) or is_int(value):
             delta = float(value)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from cna_vllm.circuit import Circuit, CircuitError, Neuron, is_int, show
+from cna_vllm.circuit import Circuit, CircuitError, Neuron, checked_delta, is_int, show
 
 FORMAT = "cna-circuit"
 VERSION = 1
@@ -37,9 +37,9 @@ def read_json(path: str | os.PathLike[str], max_bytes: int) -> Any:
 
 
 def parse_json(raw: bytes) -> Any:
-    """Decodes UTF-8 JSON; duplicate keys and NaN are refused."""
+    """Decodes UTF-8 JSON, with a byte order mark or without; duplicate keys and NaN are refused."""
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CircuitError(f"is not UTF-8 text: {error.reason} at byte {error.start}") from error
     try:
@@ -151,24 +151,41 @@ def _own_neurons(entries: list[Any]) -> Iterator[Neuron]:
 
 
 def _decode_reference(entries: Any, given: dict[str, Any]) -> Circuit:
-    """`{"L,P,N": value}`: P, the recorded position, has no meaning for a circuit."""
+    """`{"L,P,N": value}`: the recorded position P has no meaning for a circuit.
+
+    Of a neuron with entries at several positions, the value at -1 (the last prompt token, which
+    discovery looks at) is its delta; without one, the value of largest magnitude, and of equal ones
+    that at the last position.
+    """
     if not isinstance(entries, dict):
         raise CircuitError(
             f"'neurons' must be an object of \"layer,position,index\" keys, not {show(entries)}"
         )
-    neurons, positions = [], set()
+    found: dict[tuple[int, int], dict[int, float]] = {}
     for key, value in entries.items():
         parts = key.split(",") if isinstance(key, str) else []
         if len(parts) != 3 or not all(_is_number(part) for part in parts):
             raise CircuitError(f"'neurons': the key {show(key)} is not \"layer,position,index\"")
         layer, position, index = (int(part) for part in parts)
-        if position != -1:
-            positions.add(position)
-        neurons.append(Neuron(layer, index, value))
+        places = found.setdefault((layer, index), {})
+        if position in places:
+            raise CircuitError(f"'neurons': {show(key)} is there twice; remove one")
+        places[position] = checked_delta(f"'neurons'[{show(key)}]", value)
     notes = ["read from the reference implementation's format"]
-    if positions:
-        notes.append(f"positions other than -1 ignored: {show(sorted(positions))}")
-    return _foreign(neurons, given, notes)
+    if others := sorted({at for places in found.values() for at in places} - {-1}):
+        notes.append(f"positions other than -1 ignored: {show(others)}")
+    if several := sum(len(places) > 1 for places in found.values()):
+        notes.append(
+            f"{several} neurons have entries at several positions: the delta is that at -1, else "
+            "the largest in magnitude"
+        )
+    return _foreign([Neuron(*at, _delta(places)) for at, places in found.items()], given, notes)
+
+
+def _delta(places: dict[int, float]) -> float:
+    if -1 in places:
+        return places[-1]
+    return places[max(places, key=lambda position: (abs(places[position]), position))]
 
 
 def _decode_plain(layers: dict[str, Any], given: dict[str, Any]) -> Circuit:

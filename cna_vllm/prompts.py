@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,22 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request's input: either plain `text`, or chat `messages` with `role` and `content`."""
+    """One request's input: plain `text`, or chat `messages` with `role` and `content`, or the
+    `token_ids` that the engine shall see as they are."""
 
     text: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
+    token_ids: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
+        if self.token_ids is not None:
+            if self.text is not None or self.messages is not None:
+                raise PromptError("give exactly one of 'prompt', 'messages' and token ids")
+            ids = self.token_ids
+            if not isinstance(ids, list | tuple) or not ids or not all(map(_is_id, ids)):
+                raise PromptError("token ids must be a non-empty list of whole numbers from 0")
+            object.__setattr__(self, "token_ids", tuple(map(int, ids)))
+            return
         if (self.text is None) == (self.messages is None):
             raise PromptError("give exactly one of 'prompt' and 'messages'")
         if self.text is not None:
@@ -44,11 +56,63 @@ class Prompt:
                 raise PromptError("each of 'messages' must have a 'content'")
         object.__setattr__(self, "messages", tuple(self.messages))
 
+    @classmethod
+    def of(cls, value: PromptLike) -> Prompt:
+        """From what Python code has at hand: a string, chat messages or token ids, as they are or
+        in vLLM's forms `{"prompt": ...}`, `{"prompt_token_ids": ...}` and `{"messages": ...}`.
+
+        Raises:
+            PromptError: it is none of these.
+        """
+        if isinstance(value, Prompt):
+            return value
+        if isinstance(value, str):
+            return cls(text=value)
+        if isinstance(value, Mapping) and set(value) in _FORMS:
+            (key,) = value
+            return cls(**{_FORMS_FIELD[key]: value[key]})
+        if isinstance(value, list | tuple) and value:
+            return cls(token_ids=value) if _is_id(value[0]) else cls(messages=value)
+        raise PromptError(
+            "a prompt must be a string, a list of chat messages or a list of token ids, not "
+            f"{type(value).__name__}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """`{"prompt": text}` or `{"messages": [...]}`, as in a .jsonl file."""
+        """`{"prompt": text}` or `{"messages": [...]}`, as in a .jsonl file; token ids as
+        `{"prompt_token_ids": [...]}`."""
+        if self.token_ids is not None:
+            return {"prompt_token_ids": list(self.token_ids)}
         if self.text is not None:
             return {"prompt": self.text}
         return {"messages": [dict(message) for message in self.messages or ()]}
+
+
+PromptLike = Prompt | str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+"""Whatever `Prompt.of` takes."""
+
+_FORMS_FIELD = {"prompt": "text", "messages": "messages", "prompt_token_ids": "token_ids"}
+_FORMS = [{key} for key in _FORMS_FIELD]
+
+
+def prompts_of(values: Iterable[PromptLike], what: str = "") -> list[Prompt]:
+    """`Prompt.of` each of them.
+
+    Args:
+        what: name of the set, for messages.
+
+    Raises:
+        PromptError: one is no prompt, by its number from 1; or `values` is a single string.
+    """
+    if isinstance(values, str | Mapping):
+        raise PromptError(f"{what or 'prompts'}: must be a list of prompts, not a single one")
+    found = []
+    for number, value in enumerate(values, start=1):
+        try:
+            found.append(Prompt.of(value))
+        except PromptError as error:
+            raise PromptError(f"{what} prompt {number}: {error}".lstrip()) from error
+    return found
 
 
 def read_prompts(path: str | os.PathLike[str], *, column: str | None = None) -> list[Prompt]:
@@ -132,7 +196,8 @@ def csv_rows(name: str, text: str, column: str) -> Iterator[tuple[int, dict[str,
     Raises:
         PromptError: it is not CSV, or has no column of that name.
     """
-    rows = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    # As csv reads an open file: only line feed and carriage return end a line.
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         if column not in (rows.fieldnames or ()):
             found = ", ".join(map(repr, rows.fieldnames or ())) or "none"
@@ -151,6 +216,10 @@ def at_line(name: str, number: int) -> Iterator[None]:
         yield
     except PromptError as error:
         raise PromptError(f"{name}:{number}: {error}") from error
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
 def _read_txt(name: str, text: str, column: str) -> Iterator[Prompt]:

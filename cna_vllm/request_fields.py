@@ -53,12 +53,15 @@ class SteeringError(ValueError):
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of steering: what it is called, what its number is called, and the two fields."""
+    """A kind of steering: what it is called, what its number is called, the two fields, and the
+    function (and its module) that lets an engine hold one under a name."""
 
     noun: str
     number: str
     name_field: str
     number_field: str
+    loader: str
+    loaded_by: str
 
     def is_in(self, fields: Mapping[str, Any]) -> bool:
         """Whether either of its fields is there."""
@@ -75,6 +78,7 @@ class Kind:
                     self.number_field, f"missing; give one for {self.noun} {show(names)}"
                 )
             return {self.name_field: names, self.number_field: _as_float(number)}
+        self.refuse_content(names)
         if number is not None:
             raise SteeringError(
                 self.number_field,
@@ -95,6 +99,16 @@ class Kind:
             self.number_field: [_as_float(value) for _, value in names],
         }
 
+    def refuse_content(self, value: Any) -> None:
+        """Raises SteeringError, saying how to name it, for a `Circuit` or `VectorSet` itself."""
+        if hasattr(value, "check_model"):
+            raise SteeringError(
+                self.name_field,
+                f"takes the name of a {self.noun} that the engine holds, not a "
+                f"{type(value).__name__}; give it one first: {self.loader}(llm, NAME, "
+                f"{self.noun}), of {self.loaded_by}",
+            )
+
     def write(self, pairs: Pairs) -> dict[str, Any]:
         """The fields `parse` reads back: scalars for one pair, else flat lists."""
         names = [name for name, _ in pairs]
@@ -104,6 +118,11 @@ class Kind:
             self.name_field: names[0] if single else names,
             self.number_field: values[0] if single else values,
         }
+
+    def pairs(self, fields: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+        """The (name, number) pairs of fields that `parse` has taken."""
+        names, numbers = fields.get(self.name_field, ()), fields.get(self.number_field, ())
+        return [(names, numbers)] if isinstance(names, str) else [*zip(names, numbers, strict=True)]
 
     def parse(self, fields: Mapping[str, Any], *, limit: float, most: int) -> Pairs:
         """The (name, number) pairs of a request.
@@ -128,6 +147,7 @@ class Kind:
 
     def checked_name(self, name: Any) -> str:
         """Raises SteeringError unless ``name`` is a text that can name something."""
+        self.refuse_content(name)
         if not isinstance(name, str):
             raise SteeringError(self.name_field, f"must be a {self.noun}'s name, not {show(name)}")
         if not 1 <= len(name) <= MAX_NAME_LENGTH:
@@ -178,8 +198,22 @@ class Kind:
         return list(names), list(values)
 
 
-CIRCUITS = Kind("circuit", "multiplier", FIELD_CIRCUIT, FIELD_MULTIPLIER)
-VECTORS = Kind("vector", "coefficient", FIELD_VECTOR, FIELD_COEFFICIENT)
+CIRCUITS = Kind(
+    "circuit",
+    "multiplier",
+    FIELD_CIRCUIT,
+    FIELD_MULTIPLIER,
+    "load_circuit",
+    "cna_vllm.serving.control",
+)
+VECTORS = Kind(
+    "vector",
+    "coefficient",
+    FIELD_VECTOR,
+    FIELD_COEFFICIENT,
+    "load_vectors",
+    "cna_vllm.serving.vector_control",
+)
 
 
 def own_fields(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -297,25 +297,18 @@ class _Steps:
     def activations(self, prompts: Sequence[str], **options: Any) -> dict[str, Any]:
         """``record_activations``, rows as lists."""
         from cna_vllm.discovery import record_activations
-        from cna_vllm.prompts import Prompt
 
-        rows = record_activations(self.llm, [Prompt(text=t) for t in prompts], **options)
+        rows = record_activations(self.llm, prompts, **options)
         return {str(layer): values.tolist() for layer, values in rows.items()}
 
     def discover(self, positive: Sequence[str], negative: Sequence[str], **options: Any) -> Any:
         """The circuit's object; or, when the prompts are refused, the message."""
         from cna_vllm.discovery import DiscoveryError, UniversalRule, discover
-        from cna_vllm.prompts import Prompt
 
-        def prompts(texts: Sequence[str]) -> list[Prompt]:
-            return [Prompt(text=t) for t in texts]
-
-        if isinstance(options.get("universal"), list):
-            options["universal"] = prompts(options["universal"])
         if "rule" in options:
             options["rule"] = UniversalRule(**options["rule"])
         try:
-            return discover(self.llm, prompts(positive), prompts(negative), **options).to_dict()
+            return discover(self.llm, positive, negative, **options).to_dict()
         except DiscoveryError as error:
             return str(error)
 

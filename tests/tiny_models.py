@@ -58,14 +58,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def add_tokenizer(folder: Path) -> Path:
-    """A tokenizer of words, `w6` and so on, one a token, and a chat template."""
+def add_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+    """A tokenizer of words, `w6` and so on, one a token, and a chat template or none."""
     names = ["<unk>", "<s>", "</s>", "user", "assistant", "system"]
     words = {f"w{i}" if i >= len(names) else names[i]: i for i in range(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = chat_template
     fast.save_pretrained(folder)
     return folder
 

@@ -16,9 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cna_vllm
-from cna_vllm.discovery.prefill import Dimensions, DiscoveryError, TokenIds, encode, prefill
+from cna_vllm.discovery.prefill import (
+    Dimensions,
+    DiscoveryError,
+    TokenIds,
+    as_prompts,
+    encode,
+    prefill,
+    templated,
+)
 from cna_vllm.discovery.record import assemble
-from cna_vllm.prompts import Prompt, prompts_digest
+from cna_vllm.prompts import PromptLike, prompts_digest
 from cna_vllm.vectors import FORMS, Form, VectorError, VectorSet, check_residual
 
 if TYPE_CHECKING:
@@ -29,8 +37,8 @@ POSITIVE, NEGATIVE = "positive", "negative"
 
 def discover_vectors(
     llm: LLM,
-    positive: Sequence[Prompt],
-    negative: Sequence[Prompt],
+    positive: Sequence[PromptLike],
+    negative: Sequence[PromptLike],
     *,
     form: Form = "mlp",
     layers: Collection[int] | None = None,
@@ -43,6 +51,7 @@ def discover_vectors(
     adds the whole difference.
 
     llm: an engine with ``additional_config={"cna": {"record": True, "max_vectors": 1}}``, or more.
+    positive, negative: strings, lists of chat messages, lists of token ids, or ``Prompt``s.
     form: ``mlp``: of the MLP outputs of ``layers`` (default: all); ``residual``: of the residual
         stream after the one layer in ``layers``.
     raw: send text as it is, without the chat template. system: a system message before every
@@ -54,6 +63,7 @@ def discover_vectors(
     """
     size = _dimensions(llm, form)
     chosen = _checked_layers(form, layers, size.num_layers)
+    positive, negative = as_prompts(positive, POSITIVE), as_prompts(negative, NEGATIVE)
     above = encode(llm, positive, what=POSITIVE, raw=raw, system=system)
     below = encode(llm, negative, what=NEGATIVE, raw=raw, system=system)
     difference = mean_difference(llm, above, below, form=form)
@@ -75,7 +85,7 @@ def discover_vectors(
             "name": "caa",
             "form": form,
             "layers": chosen,
-            "chat_template": not raw,
+            "chat_template": templated(llm, [*positive, *negative], raw=raw, system=system),
             "system": system,
             "position": "last prompt token",
             "means": "float64",

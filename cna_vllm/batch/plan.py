@@ -17,7 +17,7 @@ from typing import Any
 from cna_vllm.arms import Arm
 from cna_vllm.batch.reading import BatchPrompt
 from cna_vllm.circuit import is_int, show
-from cna_vllm.prompts import Prompt, PromptError
+from cna_vllm.prompts import Prompt, PromptError, PromptLike, prompts_of
 
 GREEDY_BELOW = 1e-5  # vLLM's own limit
 MAX_SEED = 2**63 - 1
@@ -57,7 +57,7 @@ class Request:
 
 
 def plan(
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptLike],
     arms: Sequence[Arm],
     sampling: Mapping[str, Any],
     *,
@@ -76,7 +76,7 @@ def plan(
         PromptError: no arm, several samples of a greedy row, or a malformed `n` or `seed`.
     """
     requests = []
-    for index, prompt in enumerate(prompts):
+    for index, prompt in enumerate(prompts_of(prompts)):
         own = prompt if isinstance(prompt, BatchPrompt) else None
         chosen = [own.arm] if own and own.arm else arms
         if not chosen:

@@ -177,7 +177,7 @@ def arms_of(given: Mapping[str, Any]) -> list[Arm]:
         for multiplier in dict.fromkeys(multipliers)
         if multiplier != 1
     ]
-    arms += [parse_arm(text, vectors) for text in named]
+    arms += [parse_arm(text, vectors, circuits) for text in named]
     if not arms:
         raise UsageError("name arms: --circuit with --multiplier, or --arm NAME=CIRCUIT@M[:SCOPE]")
     for arm in arms:

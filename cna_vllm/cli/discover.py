@@ -142,7 +142,8 @@ def _report(circuit: Circuit) -> list[str]:
     if found := circuit.method.get("holdout"):
         lines.append(
             f"holdout AUROC {found['auroc']:.3f} on {found['positive']} positive and "
-            f"{found['negative']} negative prompts (p = {found['p_value']:.2g})"
+            f"{found['negative']} negative prompts that selection did not see "
+            f"(p = {found['p_value']:.2g})"
         )
     if found := circuit.method.get("bootstrap"):
         often = sum(share >= 0.5 for share in found["frequency"])

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cna_vllm.cli.options import UsageError
+from cna_vllm.cli.section import loaded, merge, section_of, with_section
 from cna_vllm.models import resolve_model
+from cna_vllm.serving.config import CONFIG_KEY
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -28,7 +32,7 @@ def start_engine(
     Args:
         command: name of the command, for messages.
         argv: what the command's own options left over.
-        cna: our section of `additional_config`; one given by the user is merged, ours wins.
+        cna: our section of `additional_config`; see `add_section`.
         default_model: taken when the user names none; without it that is an error.
         cpu_defaults: further engine arguments on a CPU, unless the user sets them.
 
@@ -40,11 +44,23 @@ def start_engine(
     return launch(args)
 
 
-def add_section(args: EngineArgs, cna: Mapping[str, Any]) -> None:
-    """Puts our section into `additional_config`; one given by the user is merged, ours wins."""
-    given = dict(args.additional_config or {})
-    given["cna"] = {**given.get("cna", {}), **cna}
-    args.additional_config = given
+def add_section(args: EngineArgs | argparse.Namespace, cna: Mapping[str, Any]) -> None:
+    """Merges our section into `additional_config`, and says what of the user's own was found.
+
+    What a command needs room for is no contradiction: `max_circuits` and `max_vectors` grow.
+
+    Raises:
+        UsageError: the user's section contradicts ours.
+        CnaConfigError: the user's section, or both together, cannot be served.
+    """
+    given = section_of(args.additional_config)
+    room = {key: max(cna[key], given.get(key, 0)) for key in _ROOM if key in cna}
+    section = merge({**given, **room}, {**cna, **room})
+    if room.get("max_vectors") and section.get("vectors"):
+        section["max_vectors"] = max(room["max_vectors"], len(section["vectors"]))
+    args.additional_config = with_section(args.additional_config, section)
+    if any(given.get(key) for key in ("circuits", "vectors", "adapters")):
+        print(f"cna-vllm: {loaded(section)}", file=sys.stderr)
 
 
 def prefill_whole_on_cpu(args: EngineArgs) -> None:
@@ -89,12 +105,39 @@ def parse_engine_args(
     EngineArgs.add_cli_args(parser)
     parser.set_defaults(model=None, disable_log_stats=True)
     set_cpu_defaults(parser, **(cpu_defaults or {}))
+    keep_sections(parser)
     namespace = parser.parse_args(list(argv))
     model = namespace.model_tag or namespace.model or default_model
     if model is None:
         parser.error("name a model: a folder, a hub id, or smollm2")
     namespace.model = resolve_model(model)
     return EngineArgs.from_cli_args(namespace)
+
+
+_ROOM = ("max_circuits", "max_vectors")
+
+
+def keep_sections(parser: Any) -> None:
+    """Lets several `--additional-config`, of the command line and of `--config`, add up in what is
+    ours; the rest is the last one's, as in vLLM."""
+    action = next(a for a in parser._actions if a.dest == "additional_config")
+    action.type = _merging(action.type)
+
+
+def _merging(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    section: dict[str, Any] = {}
+
+    def parse_and_merge(text: str) -> Any:
+        value = parse(text)
+        if not isinstance(value, dict):
+            return value
+        try:
+            section.update(merge(section, section_of(value), "an earlier --additional-config"))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return {**value, CONFIG_KEY: dict(section)} if section or CONFIG_KEY in value else value
+
+    return parse_and_merge
 
 
 def flag_parser(command: str) -> Any:

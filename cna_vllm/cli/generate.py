@@ -91,7 +91,7 @@ def _arms(options: argparse.Namespace, circuits: Sequence[str]) -> list[Arm]:
         for name in circuits
         for multiplier in dict.fromkeys(options.multiplier)
     ]
-    return arms + [parse_arm(text) for text in options.arm]
+    return arms + [parse_arm(text, (), circuits) for text in options.arm]
 
 
 def _check_arms(

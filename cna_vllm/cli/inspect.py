@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cna_vllm.circuit import Circuit, Neuron
+from cna_vllm.circuit import Circuit, Neuron, shared_neurons
 from cna_vllm.cli.options import OptionParser, UsageError, check_output, check_plot, positive_int
 
 if TYPE_CHECKING:
@@ -23,6 +23,11 @@ def run(argv: list[str]) -> int:
     if options.plot:
         check_plot(options.plot, options.overwrite)
     circuit = _load(options.circuit, options.model)
+    others = {path: _load(path, options.model) for path in options.beside}
+    for other in others.values():
+        dimensions = (circuit.architecture, circuit.num_layers, circuit.intermediate_size)
+        other.check_model(circuit.model, *dimensions)
+    shared = {path: shared_neurons([circuit, other]) for path, other in others.items()}
 
     from cna_vllm.reading import report
     from cna_vllm.reading.profile import strongest
@@ -32,9 +37,12 @@ def run(argv: list[str]) -> int:
     read = options.model is not None and not options.save and neurons
     readings = _read(options.model, neurons, options.tokens) if read else []
     if options.json:
-        print(json.dumps(report.circuit_json(circuit, neurons, readings), indent=1))
+        described = report.circuit_json(circuit, neurons, readings)
+        print(json.dumps({**described, "shared": shared} if shared else described, indent=1))
     else:
         print(circuit.summary())
+        for path, count in shared.items():
+            print(report.shared_text(count, f"{path}, too"))
         print(f"\n{report.profile_text(circuit)}")
         if readings:
             print(f"\n{report.readings_text(readings)}\n{report.LENS}")
@@ -64,6 +72,15 @@ def _parser() -> OptionParser:
         default=5,
         metavar="N",
         help="vocabulary items shown with --model, each way (default: 5)",
+    )
+    parser.add_argument(
+        "--with",
+        dest="beside",
+        action="append",
+        default=[],
+        metavar="D.json",
+        help="say how many neurons are in this circuit, too: together they get the product of the "
+        "multipliers; may be repeated",
     )
     parser.add_argument("--json", action="store_true", help="write JSON instead of text")
     parser.add_argument("--plot", metavar="P.png", help="draw layer profile and strongest neurons")

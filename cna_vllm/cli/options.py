@@ -9,20 +9,27 @@ model and vLLM's flags, goes to `engine_args`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from cna_vllm.circuit import Circuit
+from cna_vllm.cli.config_file import Group, flag, take_ours
+from cna_vllm.cli.usage import UsageError
+
+__all__ = [
+    "OptionParser",
+    "UsageError",
+    "check_output",
+    "check_plot",
+    "load_circuits",
+    "positive_int",
+]
 
 _ENGINE_HELP = (
     "MODEL is a folder, a hub id, or smollm2 (a small model that is built on first use).\n"
     "All engine flags of vLLM are taken too: --help=all lists them."
 )
-
-
-class UsageError(ValueError):
-    """A command line that cannot be run: one line."""
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -42,15 +49,62 @@ class OptionParser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see cna-vllm {self.command} --help")
 
     def split(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """This command's options, and the arguments left for the engine, in their order.
+        """This command's options, and the arguments left for the engine, as they were written.
 
-        `--help=...`, the form in which vLLM searches its flags, prints those and exits.
+        Options may also stand in the YAML file of vLLM's `--config`, beside vLLM's own. What may
+        be repeated is then taken from both places; any other option has one value. `--help=...`,
+        the form in which vLLM searches its flags, prints those and exits.
+
+        Raises:
+            UsageError: a mistake in an option, or in that file.
         """
         if any(argument.startswith("--help=") for argument in argv):
             from cna_vllm.cli.engine_args import parse_engine_args
 
             parse_engine_args(self.command, argv)  # prints them and exits
-        return self.parse_known_args([_dashed(argument) for argument in argv])
+        mine: list[Group] = []
+        given: dict[str, list[Group]] = {}
+        rest: list[str] = []
+        for action, group in self._groups(argv):
+            if action is None:
+                rest += group
+            else:
+                mine.append(group)
+                given.setdefault(action.dest, []).append(group)
+        if "--config" not in self._option_string_actions:
+            from_file, rest = take_ours(rest, self._option_string_actions, given)
+            mine = [*from_file, *mine]
+        return self.parse_args([word for group in mine for word in group]), rest
+
+    def _groups(self, argv: Sequence[str]) -> Iterator[tuple[argparse.Action | None, Group]]:
+        """Each of this command's options with its values; everything else word by word, but a
+        dotted flag of vLLM's with its value, which may look like an option."""
+        at = 0
+        while at < len(argv):
+            word, end = argv[at], at + 1
+            action = self._option_string_actions.get(flag(word))
+            if word == "--":
+                yield None, tuple(argv[at:])
+                return
+            if action is None:
+                dotted = word.startswith("-") and "." in word and "=" not in word
+                if dotted and not word.startswith("-O"):
+                    end += 1
+                    if end > len(argv):
+                        self.error(f"argument {word}: expected one argument")
+                yield None, tuple(argv[at:end])
+                at = end
+                continue
+            if "=" in word:
+                pass
+            elif action.nargs == "+":
+                while end < len(argv) and not _is_flag(argv[end]):
+                    end += 1
+            else:
+                end += 1 if action.nargs is None else int(action.nargs)
+            name = flag(word)
+            yield action, (name + word[len(name) :], *argv[at + 1 : end])
+            at = end
 
 
 def load_circuits(arguments: Sequence[str]) -> dict[str, tuple[Path, Circuit]]:
@@ -99,8 +153,9 @@ def positive_int(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
 
 
-def _dashed(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    name, separator, value = argument.partition("=")
-    return name.replace("_", "-") + separator + value
+def _is_flag(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return word.startswith("-")
+    return False

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cna_vllm.circuit import Circuit, CircuitError
+from cna_vllm.circuit import Circuit, CircuitError, show
 from cna_vllm.circuit_file import read_json
 from cna_vllm.cli.options import OptionParser, UsageError, load_circuits, positive_int
+from cna_vllm.cli.section import loaded, merge, section_of, with_section
 from cna_vllm.models import resolve_model
+from cna_vllm.request import SteeringError
 from cna_vllm.serving.adapter import Adapter
+from cna_vllm.serving.config import CONFIG_KEY
 from cna_vllm.serving.store import RegistryStore
 
 ADAPTERS_FILE = "adapters.json"
@@ -23,58 +27,86 @@ _MAX_ADAPTERS_BYTES = 2**24
 def run(argv: list[str]) -> int:
     options, rest = _parser().split(argv)
     section = cna_section(options)
-    args = _server_args(rest)
-    given = dict(args.additional_config or {})
-    given["cna"] = {**given.get("cna", {}), **section}
-    args.additional_config = given
-    if (registry_dir := section.get("registry_dir")) is not None:
-        RegistryStore(registry_dir).claim()
-    os.environ["VLLM_PLUGINS"] = plugins_with_ours(os.environ.get("VLLM_PLUGINS"))
+    args = server_args(rest)
+    add_to(args, section, options.adapter)
+    cna = args.additional_config[CONFIG_KEY]
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
-    serve = ServeSubcommand()
-    serve.validate(args)
+    server = ServeSubcommand()
     try:
-        serve.cmd(args)
+        server.validate(args)
+    except TypeError as error:  # what vLLM raises for flags that do not go together
+        raise UsageError(str(error)) from error
+    if (registry_dir := cna.get("registry_dir")) is not None:
+        RegistryStore(registry_dir).claim()
+    os.environ["VLLM_PLUGINS"] = plugins_with_ours(os.environ.get("VLLM_PLUGINS"))
+    print(f"cna-vllm: {loaded(cna)}", file=sys.stderr, flush=True)
+    try:
+        server.cmd(args)
     except KeyboardInterrupt:  # vLLM's word for SIGTERM; what there is to say follows
         raise KeyboardInterrupt from None
     return 0
 
 
 def cna_section(options: argparse.Namespace) -> dict[str, Any]:
-    """Our section of `additional_config`; all files are read, so that mistakes are told at once.
+    """What our flags say, but for --adapter; all files are read, so that mistakes are told at once.
 
     Raises:
         UsageError, CircuitError, SteeringError: with the flag or the file.
     """
     circuits = {name: str(path) for name, (path, _) in load_circuits(options.circuit).items()}
-    adapters: dict[str, Any] = {}
+    section: dict[str, Any] = {"circuits": circuits} if circuits else {}
     if options.circuits is not None:
-        folder_circuits, adapters = _folder(Path(options.circuits))
-        for name, path in folder_circuits.items():
-            if name in circuits:
-                raise UsageError(f"--circuit {name!r}: the folder {options.circuits} has one too")
-            circuits[name] = path
+        section = merge(_folder(Path(options.circuits)), section, f"--circuits {options.circuits}")
     for argument in options.adapter:
-        name, separator, text = argument.partition("=")
-        if not (name and separator and text):
+        if not all(_named(argument)):
             raise UsageError(f"--adapter {argument!r}: write it as NAME=CIRCUIT@M[:SCOPE]")
-        if name in adapters:
-            raise UsageError(f"--adapter: the name {name!r} is given twice")
-        adapters[name] = Adapter.parse(text).to_dict()
-    section: dict[str, Any] = {"circuits": circuits, "adapters": adapters}
     for key in ("circuit_dir", "registry_dir"):
         if (folder := getattr(options, key)) is not None:
             if key == "circuit_dir" and not Path(folder).is_dir():
                 raise UsageError(f"--circuit-dir {folder}: is not a folder")
             section[key] = str(Path(folder).resolve())
-    if options.registry_dir is not None and options.circuit_dir is None:
-        raise UsageError("--registry-dir keeps what is loaded at run time; add --circuit-dir")
     for key in ("max_circuits", "max_circuits_per_request", "max_multiplier", "max_neurons"):
         if (value := getattr(options, key)) is not None:
             section[key] = value
     return section
+
+
+def add_to(args: argparse.Namespace, flags: Mapping[str, Any], adapters: Sequence[str]) -> None:
+    """Puts what our flags say into `args.additional_config`, beside what is there.
+
+    Args:
+        flags: what `cna_section` returned.
+        adapters: the values of --adapter; their circuits may be given in any place.
+
+    Raises:
+        UsageError, SteeringError, CnaConfigError: with the flag or the setting.
+    """
+    section = merge(section_of(args.additional_config), flags)
+    known = section.get("circuits", {})
+    for argument in adapters:
+        name, text = _named(argument)
+        try:
+            adapter = Adapter.parse(text, known).to_dict()
+        except SteeringError as error:
+            raise UsageError(f"--adapter {argument!r}: {error}") from error
+        section = merge(section, {"adapters": {name: adapter}}, "what came before")
+    for name, value in section.get("adapters", {}).items():
+        for circuit in Adapter.from_dict(value).circuits():
+            if circuit not in section.get("circuits", {}):
+                raise UsageError(
+                    f"adapter {show(name)}: no circuit is named {show(circuit)}; add --circuit "
+                    f"{circuit}=C.json"
+                )
+    if section.get("registry_dir") is not None and section.get("circuit_dir") is None:
+        raise UsageError("--registry-dir keeps what is loaded at run time; add --circuit-dir")
+    args.additional_config = with_section(args.additional_config, section)
+
+
+def _named(argument: str) -> tuple[str, str]:
+    name, _, text = argument.partition("=")
+    return name, text
 
 
 def plugins_with_ours(allowed: str | None) -> str:
@@ -94,7 +126,7 @@ def plugins_with_ours(allowed: str | None) -> str:
     return ",".join(dict.fromkeys([*names, "cna"]))
 
 
-def _folder(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
+def _folder(folder: Path) -> dict[str, Any]:
     """`NAME.json` is the circuit NAME; `adapters.json` maps names to adapters."""
     if not folder.is_dir():
         raise UsageError(f"--circuits {folder}: is not a folder")
@@ -111,16 +143,17 @@ def _folder(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
         else:
             Circuit.load(path)
             circuits[path.stem] = str(path.resolve())
-    return circuits, adapters
+    return {"circuits": circuits, "adapters": adapters}
 
 
-def _server_args(argv: Sequence[str]) -> argparse.Namespace:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+def server_args(argv: Sequence[str]) -> argparse.Namespace:
+    """vLLM's namespace of a server's flags, with our defaults on a CPU and the model's folder."""
+    from cna_vllm.cli.engine_args import flag_parser, keep_sections, set_cpu_defaults
+    from cna_vllm.serving.seams.command_line import make_server_arg_parser
 
-    from cna_vllm.cli.engine_args import flag_parser, set_cpu_defaults
-
-    parser = make_arg_parser(flag_parser("serve"))
+    parser = make_server_arg_parser(flag_parser("serve"))
     set_cpu_defaults(parser)
+    keep_sections(parser)
     args: argparse.Namespace = parser.parse_args(list(argv))
     model = args.model_tag or args.model
     resolved = resolve_model(model)

@@ -18,7 +18,7 @@ from cna_vllm.discovery.prefill import (
     prefill,
     require_all,
 )
-from cna_vllm.prompts import Prompt
+from cna_vllm.prompts import PromptLike
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -32,7 +32,7 @@ ROUND_BYTES = 2**28
 
 def record_activations(
     llm: LLM,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptLike],
     layers: Sequence[int] | None = None,
     *,
     raw: bool = False,
@@ -44,7 +44,8 @@ def record_activations(
     Returns layer -> float32 [len(prompts), intermediate_size], rows in the order of ``prompts``.
 
     llm: an engine with ``additional_config={"cna": {"record": True}}``; other requests of the
-    same engine are not touched. layers: which ones (default: all). raw, system: see ``encode``.
+    same engine are not touched. prompts: strings, lists of chat messages, lists of token ids, or
+    ``Prompt``s. layers: which ones (default: all). raw, system: see ``encode``.
     max_bytes: limit of the result, 4 * len(prompts) * len(layers) * intermediate_size bytes;
     workers hold at most 256 MiB of it at a time, or one prompt's rows where those are larger.
 

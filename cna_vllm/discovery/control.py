@@ -13,7 +13,8 @@ from cna_vllm.circuit import Circuit, CircuitError, Neuron
 def random_control(circuit: Circuit, seed: int = 0) -> Circuit:
     """As many neurons in each layer as ``circuit`` has, drawn uniformly from those it has not.
 
-    Their delta is 0, since none is known. Raises CircuitError when a layer has too few others.
+    Their delta is 0, since none is known, and no prompts are named, since none chose them. Raises
+    CircuitError when a layer has too few others.
     """
     draw = random.Random(seed)
     neurons = []
@@ -29,6 +30,7 @@ def random_control(circuit: Circuit, seed: int = 0) -> Circuit:
         circuit,
         neurons=tuple(neurons),
         method={"name": "random control", "seed": seed, "of": circuit.digest},
+        prompts={},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         notes=(),
     )

@@ -18,12 +18,18 @@ from cna_vllm.circuit import Circuit, Neuron
 from cna_vllm.discovery.activations import DEFAULT_MAX_BYTES, ROUND_BYTES, record_token_rows
 from cna_vllm.discovery.contrast import Sign, select_neurons
 from cna_vllm.discovery.options import Method, Preset, Universal, resolve
-from cna_vllm.discovery.prefill import Dimensions, DiscoveryError, TokenIds
-from cna_vllm.discovery.sets import PromptSets, encode_sets, record_sets
+from cna_vllm.discovery.prefill import (
+    Dimensions,
+    DiscoveryError,
+    TokenIds,
+    as_prompts,
+    templated,
+)
+from cna_vllm.discovery.sets import NEGATIVE, POSITIVE, PromptSets, encode_sets, record_sets
 from cna_vllm.discovery.stability import bootstrap as bootstrapped
 from cna_vllm.discovery.stability import mean_signed_activation, separation
 from cna_vllm.discovery.universal import UniversalRule
-from cna_vllm.prompts import Prompt, prompts_digest
+from cna_vllm.prompts import PromptLike, prompts_digest
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -33,8 +39,8 @@ DEFAULT_RULE = UniversalRule()
 
 def discover(
     llm: LLM,
-    positive: Sequence[Prompt],
-    negative: Sequence[Prompt],
+    positive: Sequence[PromptLike],
+    negative: Sequence[PromptLike],
     *,
     preset: Preset = "paper",
     fraction: float | None = None,
@@ -56,6 +62,7 @@ def discover(
     prompt token; the circuit is the ``top_k`` (or ``fraction`` of all) neurons of largest
     |delta| that are not universal. A prompt that is written twice counts twice.
 
+    positive, negative: strings, lists of chat messages, lists of token ids, or ``Prompt``s.
     llm: an engine with ``additional_config={"cna": {"record": True}}``.
     preset: ``paper``: 0.1% of all neurons, every layer, universal neurons excluded; ``reference``:
         what the published code does: 200 neurons, not from layers 0 and 1, no exclusion. Options
@@ -73,6 +80,7 @@ def discover(
     Raises DiscoveryError when a set is empty, both are the same, a prompt does not fit into the
     context, or an option is out of range: all before the engine runs; and when no neuron differs.
     """
+    positive, negative = as_prompts(positive, POSITIVE), as_prompts(negative, NEGATIVE)
     if not positive or not negative:
         raise DiscoveryError(
             f"CNA needs at least one positive and one negative prompt, got {len(positive)} and "
@@ -103,7 +111,11 @@ def discover(
         raise DiscoveryError(
             "no neuron differs between the two prompt sets; they must differ in the behaviour"
         )
-    found = method.describe()
+    found = method.describe(
+        templated(llm, [*positive, *negative], raw=method.raw, system=method.system)
+    )
+    if len(neurons) < method.k:
+        found["selected"] = len(neurons)  # the others of k would differ by nothing
     if recorded.universal is not None:
         found["universal"] = _describe_filter(
             method, recorded.universal, select_any(recorded.delta)
@@ -117,7 +129,7 @@ def discover(
             # In the order of the circuit's neurons.
             "frequency": list(stable.frequency.values()),
         }
-    circuit = _circuit(llm, size, neurons, found, positive, negative)
+    circuit = _circuit(llm, size, neurons, found, sets)
     if method.holdout:
         found["holdout"] = _describe_held_out(llm, circuit, sets, method)
     return replace(circuit, method=found)
@@ -147,6 +159,7 @@ def _describe_held_out(
         "seed": method.seed,
         "positive": len(sets.held_positive),
         "negative": len(sets.held_negative),
+        "digest": prompts_digest(sets.held),
         "auroc": scored.auroc,
         "p_value": scored.p_value,
     }
@@ -170,8 +183,7 @@ def _circuit(
     size: Dimensions,
     neurons: Sequence[Neuron],
     method: dict[str, Any],
-    positive: Sequence[Prompt],
-    negative: Sequence[Prompt],
+    sets: PromptSets,
 ) -> Circuit:
     import torch
     import transformers
@@ -187,9 +199,9 @@ def _circuit(
         dtype=str(config.dtype).removeprefix("torch."),
         method=method,
         prompts={
-            "positive": len(positive),
-            "negative": len(negative),
-            "digest": prompts_digest([*positive, *negative]),
+            "positive": len(sets.positive),
+            "negative": len(sets.negative),
+            "digest": prompts_digest(sets.learned),
         },
         tools={
             "cna_vllm": cna_vllm.__version__,

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cna_vllm.discovery.contrast import SIGNS, Sign, circuit_size
-from cna_vllm.discovery.prefill import Dimensions, DiscoveryError
+from cna_vllm.discovery.prefill import Dimensions, DiscoveryError, as_prompts
 from cna_vllm.discovery.universal import UniversalRule, diverse_prompts
-from cna_vllm.prompts import Prompt
+from cna_vllm.prompts import Prompt, PromptLike
 
 Preset = Literal["paper", "reference"]
-Universal = Sequence[Prompt] | Literal["default", "none"]
+Universal = Sequence[PromptLike] | Literal["default", "none"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,11 @@ class Method:
     bootstrap: int
     seed: int
 
-    def describe(self) -> dict[str, Any]:
-        """The circuit's provenance, JSON types only; results are added by ``discover``."""
+    def describe(self, chat_template: bool | str) -> dict[str, Any]:
+        """The circuit's provenance, JSON types only; results are added by ``discover``.
+
+        chat_template: whether it was applied; see ``chat_template_used``.
+        """
         described: dict[str, Any] = {
             "name": "cna",
             "preset": self.preset,
@@ -66,7 +69,7 @@ class Method:
             "k": self.k,
             "sign": self.sign,
             "layers": None if self.layers is None else list(self.layers),
-            "chat_template": not self.raw,
+            "chat_template": chat_template,
             "system": self.system,
             "position": "last prompt token",
             "means": "float64",
@@ -160,4 +163,4 @@ def _universal(universal: Universal) -> tuple[tuple[Prompt, ...], str]:
         raise DiscoveryError(f"universal must be prompts, 'default' or 'none', got {universal!r}")
     if not universal:
         raise DiscoveryError("the universal filter needs at least one prompt; or turn it off")
-    return tuple(universal), "given"
+    return tuple(as_prompts(universal, "universal")), "given"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cna_vllm.prompts import Prompt
-from cna_vllm.rendering import render
+from cna_vllm.prompts import Prompt, PromptError, PromptLike, prompts_of
+from cna_vllm.rendering import chat_template_used, render
 from cna_vllm.request import FIELD_RECORD
 
 if TYPE_CHECKING:
@@ -43,15 +43,27 @@ class Dimensions:
         return cls(served.num_layers, served.intermediate_size)
 
 
+def as_prompts(prompts: Sequence[PromptLike], what: str = "") -> list[Prompt]:
+    """Strings, chat messages, token ids or `Prompt`s, as `Prompt`s. what: name of the set.
+
+    Raises DiscoveryError, naming the first that is none of these by its number (from 1).
+    """
+    try:
+        return prompts_of(prompts, what)
+    except PromptError as error:
+        raise DiscoveryError(str(error)) from error
+
+
 def encode(
     llm: LLM,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptLike],
     *,
     what: str = "",
     raw: bool = False,
     system: str | None = None,
 ) -> list[TokenIds]:
-    """Token ids of every prompt: through the chat template, or, with ``raw``, as it is.
+    """Token ids of every prompt: through the chat template, or, with ``raw``, as it is. A prompt
+    that is token ids already stays as it is.
 
     system: a system message put before every prompt. what: name of the set, for messages.
     Raises DiscoveryError, naming the prompt by its number in the set (from 1), when one does not
@@ -63,7 +75,7 @@ def encode(
     # The engine generates one token, whose position must fit too.
     longest = llm.llm_engine.model_config.max_model_len - 1
     encoded = []
-    for number, prompt in enumerate(prompts, start=1):
+    for number, prompt in enumerate(as_prompts(prompts, what), start=1):
         name = f"{what} prompt {number}".lstrip()
         try:
             ids = render(tokenizer, _with_system(prompt, system), raw=raw)
@@ -78,9 +90,20 @@ def encode(
     return encoded
 
 
+def templated(
+    llm: LLM, prompts: Sequence[Prompt], *, raw: bool, system: str | None
+) -> bool | str:
+    """Whether ``encode`` puts prompts through the chat template: see ``chat_template_used``."""
+    return chat_template_used(
+        llm.get_tokenizer(), [_with_system(prompt, system) for prompt in prompts], raw=raw
+    )
+
+
 def _with_system(prompt: Prompt, system: str | None) -> Prompt:
     if system is None:
         return prompt
+    if prompt.token_ids is not None:
+        raise DiscoveryError("token ids take no system message; give text, or drop the option")
     messages = prompt.messages or [{"role": "user", "content": prompt.text}]
     if messages[0]["role"] == "system":
         raise DiscoveryError("has a system message of its own; drop it, or the system option")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cna_vllm.discovery.prefill import Dimensions, columns, encode, prefill, require_all
-from cna_vllm.prompts import Prompt
+from cna_vllm.prompts import PromptLike
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -29,7 +29,7 @@ class GroupMeans:
 
 
 def record_means(
-    llm: LLM, groups: Mapping[str, Sequence[Prompt]], *, raw: bool = False
+    llm: LLM, groups: Mapping[str, Sequence[PromptLike]], *, raw: bool = False
 ) -> GroupMeans:
     """Prefills every prompt once and averages the ``down_proj`` inputs of its last token.
 

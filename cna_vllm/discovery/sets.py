@@ -28,13 +28,18 @@ POSITIVE, NEGATIVE = "positive", "negative"
 
 @dataclass(frozen=True)
 class PromptSets:
-    """Token ids of all prompts, those to learn from apart from those held out."""
+    """Token ids of all prompts, those to learn from apart from those held out.
+
+    learned, held: the prompts of both sets, positive ones first, in these two parts.
+    """
 
     positive: list[TokenIds]
     negative: list[TokenIds]
     universal: list[TokenIds]
     held_positive: list[TokenIds]
     held_negative: list[TokenIds]
+    learned: list[Prompt]
+    held: list[Prompt]
 
 
 @dataclass(frozen=True)
@@ -75,14 +80,22 @@ def encode_sets(
             "behaviour"
         )
     diverse = ids(method.universal, "universal")
+    both = [*zip(positive, above, strict=True)], [*zip(negative, below, strict=True)]
     above, held_above = split(above, method.holdout, method.seed)
     below, held_below = split(below, method.holdout, method.seed)
+    out = [set(map(tuple, held)) for held in (held_above, held_below)]
+    parts: dict[bool, list[Prompt]] = {False: [], True: []}
+    for pairs, held in zip(both, out, strict=True):
+        for prompt, tokens in pairs:
+            parts[tuple(tokens) in held].append(prompt)
     if not above or not below or bool(method.holdout) != bool(held_above and held_below):
         raise DiscoveryError(
             f"holdout = {method.holdout} of {len(positive)} positive and {len(negative)} negative "
             "prompts leaves a part of them empty; give more prompts or another share"
         )
-    return PromptSets(above, below, diverse, held_above, held_below)
+    return PromptSets(
+        above, below, diverse, held_above, held_below, learned=parts[False], held=parts[True]
+    )
 
 
 def _shares(prompts: Sequence[TokenIds]) -> dict[tuple[int, ...], Fraction]:

@@ -127,7 +127,7 @@ def run_ab(
     """
     from cna_vllm.batch.runner import run_batch
     from cna_vllm.evaluation.engine import plain_engine
-    from cna_vllm.rendering import render
+    from cna_vllm.rendering import chat_template_used, render
 
     control = choose_control(arms, control)
     out.mkdir(parents=True, exist_ok=True)
@@ -135,12 +135,15 @@ def run_ab(
     model = str(llm.llm_engine.model_config.model)
     whole = batch_identity(model, steering, identity or {})
     rows = plan_rows(arms, prompt_sets, sampling, samples=samples, seed=seed, raw=raw)
+    tokenizer = llm.get_tokenizer()
+    prompts = [prompt for one in prompt_sets for prompt in one.prompts]
+    template = chat_template_used(tokenizer, prompts, raw=raw)
     test = Test(
         model=model,
         arms=[arm.to_dict() for arm in arms],
         control=control,
         prompt_sets=[one.info() for one in prompt_sets],
-        sampling={**sampling, "seed": seed, "raw": raw},
+        sampling={**sampling, "seed": seed, "raw": raw, "chat_template": template},
         samples=samples,
         steering=steering,
         versions=versions(),
@@ -160,8 +163,6 @@ def run_ab(
     else:
         say(f"{test.answers} answers are there")
         test = replace(test, created=earlier.created, seconds=earlier.seconds)
-    tokenizer = llm.get_tokenizer()
-    prompts = [prompt for one in prompt_sets for prompt in one.prompts]
     answers = collect(
         read_rows(out / ANSWERS),
         test.arm_names,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cna_vllm.evaluation.metrics.base import Answer
-from cna_vllm.prompts import Prompt, prompts_digest
+from cna_vllm.prompts import Prompt, prompts_digest, prompts_of
 
 Answers = dict[str, list[list[Answer]]]  # arm -> prompt, all sets in their order -> sample
 
@@ -26,7 +26,7 @@ class PromptSet:
 
     Attributes:
         name: what reports call it; unique in a test.
-        prompts: its prompts.
+        prompts: its prompts: strings, chat messages, token ids or `Prompt`s; kept as `Prompt`s.
         tag: `harmful`, `benign` or another word that metrics may know; None for none.
         source: the file that it was read from, if any.
     """
@@ -35,6 +35,9 @@ class PromptSet:
     prompts: Sequence[Prompt]
     tag: str | None = None
     source: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", prompts_of(self.prompts, self.name))
 
     def info(self) -> SetInfo:
         return SetInfo(
@@ -93,7 +96,7 @@ def collect(
     prompts: dict[int, Prompt] = {}
     for row in rows:
         try:
-            prompt = Prompt(text=row.get("prompt"), messages=row.get("messages"))
+            prompt = Prompt(row.get("prompt"), row.get("messages"), row.get("prompt_token_ids"))
             key = str(row["arm"]), int(row["index"]), int(row.get("sample") or 0)
             ids = tuple(int(token) for token in row.get("token_ids") or ())
             text = str(row["text"])

@@ -51,7 +51,8 @@ class Test:
         arms: `Arm.to_dict()` of each, in order.
         control: name of the arm that the others are compared with.
         prompt_sets: in the order of the rows' `index`.
-        sampling: fields of `vllm.SamplingParams`, and the run's seed.
+        sampling: fields of `vllm.SamplingParams`, the run's seed, whether text was asked to be
+            `raw`, and whether the `chat_template` was applied.
         samples: answers to each prompt in each arm.
         steering: of each circuit or vector by name, its `file` and `digest`.
         versions: of this package, the engine and what else decides the answers.

@@ -87,6 +87,14 @@ def circuit_json(
     }
 
 
+def shared_text(count: int, where: str) -> str:
+    """One line on what neurons of several circuits get where these steer one request."""
+    return (
+        f"together {count} neurons are in {where}: on one request with both circuits they get the "
+        "product of the multipliers"
+    )
+
+
 def expected_text(chance: Chance) -> str:
     """The expected number of common neurons, to two digits or one place."""
     return f"{chance.expected:.1f}" if chance.expected >= 10 else f"{chance.expected:.2g}"
@@ -102,6 +110,7 @@ def comparison_text(comparison: Comparison) -> str:
     lines += [
         f"overlap  {common} neurons: {common / len(first):.1%} of A, {common / len(second):.1%} "
         f"of B, Jaccard {comparison.jaccard:.3f}",
+        *([shared_text(common, "both")] if common else []),
         f"chance   {_chance_text(comparison.uniform)} drawn from all neurons; "
         f"{_chance_text(comparison.within_layers)} drawn within each layer",
         f"deltas   sign agreement {_optional(comparison.same_sign, '.0%')}, correlation "

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -44,10 +44,13 @@ class Adapter:
         return cls(MappingProxyType(prefixed), lora)
 
     @classmethod
-    def parse(cls, text: str) -> Adapter:
-        """Reads ``CIRCUIT@M[+CIRCUIT@M...][:SCOPE]``. Raises SteeringError with the form."""
+    def parse(cls, text: str, known: Collection[str] = ()) -> Adapter:
+        """Reads ``CIRCUIT@M[+CIRCUIT@M...][:SCOPE]``. known: see ``parse_steering``.
+
+        Raises SteeringError with the form.
+        """
         try:
-            pairs, scope = parse_steering(text)
+            pairs, scope = parse_steering(text, known)
         except SteeringError as error:
             raise SteeringError("adapter", error.problem) from error
         return cls(MappingProxyType(CircuitRequest(pairs, scope).to_extra_args()))

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from cna_vllm.circuit import show
+from cna_vllm.circuit import shared_neurons, show
 from cna_vllm.request import (
     FIELD_CIRCUIT,
     FIELD_PREFIX,
@@ -17,10 +18,14 @@ from cna_vllm.request import (
     SteeringError,
     resolve,
 )
+from cna_vllm.request_fields import CIRCUITS
+from cna_vllm.serving.adapter import Adapter
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.registry import CircuitRegistry
 from cna_vllm.serving.seal import Seal, deployment_secret
 from cna_vllm.serving.vector_registry import VectorRegistry
+
+logger = logging.getLogger("vllm.cna")
 
 
 def has_fields(extra_args: Mapping[str, Any] | None) -> bool:
@@ -85,8 +90,9 @@ class Admission:
         self._seal = Seal(deployment_secret())
         for name in () if vectors is None else vectors.vectors():
             self.check_free(name, "vector")
-        for adapter in registry.names().adapters.values():
+        for name, adapter in registry.names().adapters.items():
             self.admit(adapter.fields)
+            self.warn_shared(name, adapter)
 
     def check_free(self, name: str, kind: Literal["circuit", "adapter", "vector"]) -> None:
         """Raises CnaConfigError if ``name`` may not stand for a ``kind``; one that stands for
@@ -101,6 +107,22 @@ class Admission:
         self.registry.check_free(name, adapter=kind == "adapter")
         if self.vectors is not None and name in self.vectors.vectors():
             raise CnaConfigError(f"the name {show(name)} is that of a vector; choose another")
+
+    def warn_shared(self, name: str, adapter: Adapter) -> None:
+        """Logs a warning where an adapter's circuits share neurons, which get the product of the
+        multipliers: seldom what was meant."""
+        named = CIRCUITS.pairs(adapter.fields)
+        circuits = self.registry.circuits()
+        together = [one for one, multiplier in named if multiplier != 1]
+        shared = shared_neurons(circuits[one] for one in together if one in circuits)
+        if shared:
+            logger.warning(
+                "cna adapter=%r: %d neurons are in more than one of its circuits (%s) and get the "
+                "product of the multipliers",
+                name,
+                shared,
+                ", ".join(together),
+            )
 
     def names_by_digest(self) -> dict[str, str]:
         """Content digest -> a name that stands for it now, of circuits and vectors."""

@@ -186,6 +186,9 @@ def test_options_and_mixed_traffic(smollm2: Subject, chats: list[Ids]) -> None:
     held = held_out["method"]["holdout"]
     assert (held["positive"], held["negative"]) == (1, 1)
     assert 0 <= held["auroc"] <= 1
+    used = held_out["prompts"]
+    assert (used["positive"], used["negative"]) == (2, 3), "those that selection saw"
+    assert held_out["method"]["chat_template"] is True
 
     expected = rows_of(smollm2.oracle, french["positive"])
     assert set(rows) == {"3", "29"}
@@ -203,11 +206,27 @@ def assert_close(found: NDArray[Any], expected: NDArray[Any]) -> None:
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+# A prompt as text, as a message and as token ids is one prompt.
+EVERY_FORM = """
+import numpy as np
+from cna_vllm.discovery import record_activations
+
+chat = [{"role": "user", "content": "Why is the sea blue?"}]
+ids = llm.get_tokenizer().apply_chat_template(
+    chat, tokenize=True, add_generation_prompt=True, return_dict=False
+)
+rows = record_activations(llm, [chat[0]["content"], chat, ids], layers=[29])[29]
+assert np.abs(rows - rows[0]).max() <= 1e-5 * np.abs(rows).max() and rows.any()
+"""
+
+
 def test_chunked_prefill(smollm2: Subject) -> None:
     engine = smollm2.config(
         additional_config={"cna": {"record": True}}, max_num_batched_tokens=16, max_num_seqs=8
     )
-    check_all(smollm2, run_engine(engine, all_contrasts(SIZES[1:2])), SIZES[1:2])
+    steps = [*all_contrasts(SIZES[1:2]), {"op": "run", "code": EVERY_FORM}]
+    *found, _ = run_engine(engine, steps)
+    check_all(smollm2, found, SIZES[1:2])
 
 
 PLANTED = (1, 17)

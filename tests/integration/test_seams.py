@@ -321,3 +321,23 @@ def test_the_plugin_is_found_and_registers_twice_without_harm() -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert inspect.getmodule(plugin.register) is plugin
+
+
+def test_command_line_seam() -> None:
+    """Every flag of `vllm serve`; what is given to `--additional-config` goes through its type,
+    each time that it is given, in whatever form."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from cna_vllm.serving.seams.command_line import make_server_arg_parser
+
+    parser = make_server_arg_parser(FlexibleArgumentParser())
+    by_name = {action.dest: action for action in parser._actions}
+    assert {"model_tag", "model", "config", "served_model_name", "port"} <= set(by_name)
+    seen = []
+    by_name["additional_config"].type = lambda text: seen.append(text) or {}
+    forms = ['--additional-config={"a": 1}', "--additional_config.b.c_d=2", "--additional-conf={}"]
+    parser.parse_args(["m", *forms])
+    assert seen == ['{"a": 1}', "{}", '{"b": {"c_d": 2}}']
+    assert parameters(ServeSubcommand.validate) == ["self", "args"]
+    assert parameters(ServeSubcommand.cmd) == ["args"]

@@ -224,7 +224,7 @@ def test_reference_format() -> None:
 
 @pytest.mark.parametrize(
     "neurons",
-    [{"3,5": 1.0}, {"a,-1,5": 1.0}, {"3,-1,5": "x"}, {"3,-1,5": 1.0, "3,0,5": 1.0}, {}, 7],
+    [{"3,5": 1.0}, {"a,-1,5": 1.0}, {"3,-1,5": "x"}, {"3,-1,5": 1.0, "3, -1,5": 1.0}, {}, 7],
 )
 def test_bad_reference_files(neurons: Any) -> None:
     with pytest.raises(CircuitError):

@@ -180,3 +180,19 @@ def test_models_of_the_hub(folder: Path) -> None:
     missing = offline("inspect c.json --model org/none")
     assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
     assert "org/none" in missing.stderr
+
+
+def test_neurons_that_two_circuits_share_are_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On one request they get the product of the multipliers, which few expect."""
+    assert call("inspect c.json --with c.json --with d.json") == 0
+    told = capsys.readouterr().out
+    count = len(checkpoints.circuit())
+    assert f"together {count} neurons are in c.json, too: on one request with both" in told
+    assert call("inspect c.json --with c.json --json") == 0
+    assert json.loads(capsys.readouterr().out)["shared"] == {"c.json": count}
+    assert call("inspect c.json --with deep.json") == 2
+    assert "does not fit" in capsys.readouterr().err
+    assert call("compare c.json c.json") == 0
+    assert f"together {count} neurons are in both" in capsys.readouterr().out

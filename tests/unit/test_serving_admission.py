@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from cna_vllm import steer
 from cna_vllm.circuit import Circuit, CircuitError, Neuron
 from cna_vllm.request import SCOPES, SteeringError
+from cna_vllm.serving.adapter import Adapter
 from cna_vllm.serving.admission import (
     Admission,
     has_fields,
@@ -304,3 +306,34 @@ def test_a_seal_is_of_its_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SECRET_VARIABLE, "short")
     with pytest.raises(CnaConfigError, match="at least 16 characters"):
         make_admission()
+
+
+@pytest.mark.parametrize(
+    ("circuits", "multipliers", "shared"),
+    [
+        (["wide", "french"], [0.0, 2.0], 1),
+        (["french", "french"], [0.5, 0.5], 1),
+        (["wide", "french"], [1.0, 2.0], 0),
+        (["french", "polite"], [0.0, 2.0], 0),
+        ("wide", 0.0, 0),
+    ],
+)
+def test_an_adapter_of_circuits_that_share_neurons_is_warned_of(
+    circuits: Any, multipliers: Any, shared: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = CircuitRegistry(ServedModel("m", "A", 2, 16))
+    registry.register("french", FRENCH)
+    registry.register("polite", POLITE)
+    registry.register("wide", Circuit("m", "A", 2, 16, (Neuron(0, 0), Neuron(1, 1))))
+    adapter = Adapter.from_dict({"circuit": circuits, "multiplier": multipliers})
+    registry.register_adapter("both", adapter)
+    logger = logging.getLogger("vllm.cna")
+    logger.addHandler(caplog.handler)
+    try:
+        Admission(CnaConfig(), registry)
+    finally:
+        logger.removeHandler(caplog.handler)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(set(told)) == (1 if shared else 0)
+    if shared:
+        assert f"adapter='both': {shared} neurons are in more than one of its circuits" in told[0]

@@ -104,7 +104,7 @@ class RefusalKeywords:
 
 def _read(path: str) -> tuple[str, ...]:
     try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
+        lines = Path(path).read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
         raise MetricError(f"metric refusal_keywords: phrases={path}: {reason}") from error

@@ -80,6 +80,9 @@ class ControlPlane:
             await self._persist(circuit)
             if previous is not None:
                 await self._retire(previous)
+            for user, adapter in self._registry.names().adapters.items():
+                if name in adapter.circuits():
+                    self._gate.warn_shared(user, adapter)
         control_metrics().load_seconds.observe(time.monotonic() - started)
         return circuit
 
@@ -111,6 +114,7 @@ class ControlPlane:
                 raise ControlError("lora", f"no LoRA adapter is named {show(loaded.lora)}", 404)
             self._registry.register_adapter(name, loaded)
             await self._persist()
+            self._gate.warn_shared(name, loaded)
         return loaded
 
     async def unload_adapter(self, name: str) -> Adapter:
