@@ -25,7 +25,7 @@ from cna_vllm.serving.admission import (
 from cna_vllm.serving.config import CnaConfig
 from cna_vllm.serving.registry import CircuitRegistry, ServedModel
 
-OTHERS = {"other": [1, {"deep": 2}], "CNA_circuit": "not ours", "xcna_circuit": 1}
+OTHERS = {"other": [1, {"deep": 2}], "c": {"na": 1}, "scope": 2}
 
 
 def make_circuit(index: int) -> Circuit:
