@@ -64,8 +64,7 @@ OWN_DATA = frozenset(
 _ONCE = frozenset({"model", *XARGS, *EXTRA_ARGS, "extra_body"})
 _BARE = frozenset(field.removeprefix(FIELD_PREFIX) for field in FIELDS) - {"scope"}
 _WORDS = (b"cna", b"circuit", b"multiplier", b"vector", b"coefficient", b"scope", b"steer")
-# Keys can be hidden by escapes of ASCII letters, and from a search for words by UTF-16 and UTF-32.
-_HIDDEN = re.compile(rb"\\u00[4-7]|\0")
+_HIDDEN = re.compile(rb"\\u00[4-7]")  # escapes of ASCII letters, which need none
 
 
 class Pairs(list[tuple[str, Any]]):
@@ -74,28 +73,34 @@ class Pairs(list[tuple[str, Any]]):
 
 def may_hold_signs(raw: bytes) -> bool:
     """Whether JSON text has to be read to know. Of a plain request, this is all that happens."""
-    lowered = raw.lower()
     return (
-        any(word in lowered for word in _WORDS)
-        or lowered.count(b'"model"') > 1
-        or _HIDDEN.search(lowered) is not None
+        _holds_words(raw)
+        or b"\0" in raw  # UTF-16 or UTF-32
+        or _HIDDEN.search(raw) is not None
+        or raw.count(b'"model"') > 1
     )
 
 
 def first_sign_in_text(raw: bytes, place: Path | None) -> SteeringError | None:
     """`first_sign` of JSON text in any encoding that Python's `json` reads.
 
-    Text that cannot be read, and may hold signs, is refused.
+    Text that cannot be read, and holds a word of ours, is refused.
     """
     if not may_hold_signs(raw):
         return None
     try:
         value = json.loads(raw, object_pairs_hook=Pairs)
     except (ValueError, RecursionError) as error:
-        return SteeringError(
-            "body", f"cannot be read as JSON, and may ask for steering: {show(str(error))}"
-        )
+        if not _holds_words(raw):
+            return None
+        problem = f"cannot be read as JSON, and may ask for steering: {show(str(error))}"
+        return SteeringError("body", problem)
     return first_sign(value, place)
+
+
+def _holds_words(raw: bytes) -> bool:
+    lowered = raw.lower()
+    return any(word in lowered for word in _WORDS)
 
 
 def top_level(raw: bytes, key: str) -> Any:
@@ -138,8 +143,10 @@ def first_sign(value: Any, place: Path | None) -> SteeringError | None:
 
 def holds_letters(key: str, *, own: bool = False) -> bool:
     """Whether a key holds the letters `cna`. own: those of `...c` + `name` do not count."""
-    letters = "".join(c for c in key.casefold() if c.isprintable())
-    return "cna" in (letters.replace("cname", "") if own else letters)
+    folded = key.casefold()
+    if own:
+        folded = folded.replace("cname", " ")
+    return "cna" in folded or "cna" in "".join(c for c in folded if c.isprintable())
 
 
 def _is_sign(key: str, value: Any, own: bool) -> bool:
@@ -199,7 +206,7 @@ def _error(path: Path, key: str, value: Any, place: Path | None, own: bool) -> S
 
 def _meant(key: str) -> str | None:
     bare = FIELD_PREFIX + _word(key[:64]).replace("cna", "", 1)
-    close = difflib.get_close_matches(bare, FIELDS, n=1, cutoff=0.7)
+    close = difflib.get_close_matches(bare, FIELDS, n=1, cutoff=0.8)
     return close[0] if close else None
 
 

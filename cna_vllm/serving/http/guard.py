@@ -75,7 +75,8 @@ class SteeringGuard:
                 messages.append(await receive())
             body = b"".join(m.get("body", b"") for m in messages)
             try:
-                self._check(scope, path, body)
+                if messages[-1]["type"] == "http.request":  # the client is still there
+                    self._check(scope, path, body)
             except SteeringError as error:
                 await _refuse(error, scope, receive, send)
                 return
