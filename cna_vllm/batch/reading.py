@@ -118,7 +118,7 @@ def _from_txt(name: str, text: str, column: str) -> Numbered:
 
 def _from_csv(name: str, text: str, column: str) -> Numbered:
     for number, row in csv_rows(name, text, column):
-        for key in filter(holds_letters, row):
+        for key in (key for key in row if holds_letters(key, own=True)):
             raise PromptError(f"{name}:1: the column {show(key)} {_ARMS}")
         tags = (tag.strip() for tag in row.get("tags", "").split(_TAG_SEPARATOR))
         yield (
