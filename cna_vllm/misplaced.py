@@ -119,7 +119,8 @@ def first_sign(value: Any, place: Path | None) -> SteeringError | None:
     Args:
         value: JSON; objects are mappings or `Pairs`.
         place: path of the object that takes steering fields, whose own `cna_` fields are left to
-            admission; None where nothing takes them.
+            admission (but for booleans within a body, which vLLM's models make numbers of); None
+            where nothing takes them.
     """
     queue: deque[tuple[Path, Any, bool]] = deque([((), value, False)])
     while queue:
@@ -132,6 +133,8 @@ def first_sign(value: Any, place: Path | None) -> SteeringError | None:
                 if not isinstance(key, str):
                     continue
                 if path == place and key.startswith(FIELD_PREFIX):
+                    if place and (wrong := _boolean(key, inner)) is not None:
+                        return wrong
                     continue
                 if _is_sign(key, inner, own):
                     return _error(path, key, inner, place, own)
@@ -176,6 +179,13 @@ def _twice(path: Path, pairs: Pairs, own: bool) -> SteeringError | None:
                 _joined((*path, _shown(key))), "is there twice, with different values; send one"
             )
         seen[key] = value
+    return None
+
+
+def _boolean(key: str, value: Any) -> SteeringError | None:
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, bool):
+            return SteeringError(key, f"must be a name or a number, not {str(one).lower()}")
     return None
 
 

@@ -82,20 +82,21 @@ def tokens_of(reply: httpx.Response) -> list[list[int]]:
     if "choices" in answer:
         return [choice["token_ids"] for choice in answer["choices"]]
     parts = answer["content"] if "content" in answer else answer["output"][0]["content"]
-    return [_ids(parts[0]["text"])]
+    return [tokens_of_text(parts[0]["text"])]
 
 
 def _delta(event: Mapping[str, Any]) -> list[int]:
     match event.get("type"):
         case "response.output_text.delta":
-            return _ids(event["delta"])
+            return tokens_of_text(event["delta"])
         case "content_block_delta":
-            return _ids(event["delta"]["text"])
+            return tokens_of_text(event["delta"]["text"])
     choices = event.get("choices")
     return (choices[0].get("token_ids") or []) if choices else []
 
 
-def _ids(text: str) -> list[int]:
+def tokens_of_text(text: str) -> list[int]:
+    """What the tiny models' tokenizer made into this text."""
     names = ["<unk>", "<s>", "</s>", "user", "assistant", "system"]
     return [names.index(w) if w in names else int(w[1:]) for w in text.split()]
 

@@ -5,6 +5,7 @@ or a 4xx that names the field; never answered plain."""
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,15 +25,17 @@ from tests.server import serve
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-# Forks of a process cannot share its metrics, as several API servers have to: those are spawned.
-SERVERS: dict[str, tuple[list[str], dict[str, str], bool]] = {
-    "one API server": (["--api-server-count=1"], {"VLLM_SKIP_MODEL_NAME_VALIDATION": "1"}, False),
-    "two API servers": (["--api-server-count=2"], {}, True),
+# Arguments and environment of each kind of server.
+SERVERS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "one API server": (
+        ["--api-server-count=1"],
+        {"VLLM_SKIP_MODEL_NAME_VALIDATION": "1", "VLLM_ENABLE_RESPONSES_API_STORE": "1"},
+    ),
+    "two API servers": (["--api-server-count=2"], {}),
     "data parallel 2": (
         ["--api-server-count=1", "--data-parallel-size=2"],
         # vLLM 0.33 gives each engine a NUMA node of its own; these share what there is.
         {"VLLM_CPU_OMP_THREADS_BIND": "auto", "VLLM_CPU_SIM_MULTI_NUMA": "1"},
-        False,
     ),
 }
 
@@ -84,7 +87,7 @@ def wrong(
 
 @pytest.mark.parametrize("name", SERVERS)
 def test_steered_or_refused(spoken: Subject, name: str, tmp_path: Path) -> None:
-    arguments, env, spawned = SERVERS[name]
+    arguments, env = SERVERS[name]
     arguments = [
         *(f"--circuit={circuit}={file}" for circuit, file in spoken.files.items()),
         "--adapter=one-off=one@0",
@@ -97,8 +100,7 @@ def test_steered_or_refused(spoken: Subject, name: str, tmp_path: Path) -> None:
     ]
     problems, counts = [], Counter[str]()
     log = tmp_path / "log"
-    running = serve(spoken.path, arguments, log, spawned=spawned, **env)
-    with running as server, server.http() as http:
+    with serve(spoken.path, arguments, log, **env) as server, server.http() as http:
         for number, (endpoint, form, request) in enumerate(forms.cells()):
             if form.name == "mistyped adapter" and "VLLM_SKIP_MODEL_NAME_VALIDATION" in env:
                 continue  # the operator lets every name that stands for nothing be the base model
@@ -119,7 +121,7 @@ def test_steered_or_refused(spoken: Subject, name: str, tmp_path: Path) -> None:
                     problems.append(f"{endpoint.path}, {form.name}: {problem}")
         if name == "one API server":
             problems += fuzz(spoken, http)
-            problems += models(http)
+            problems += models(http) + kept_responses(spoken, http)
     print(name, dict(counts))
     assert not problems, f"{len(problems)}:\n" + "\n".join(problems[:40])
     assert counts["steered"] + counts["refused"] >= 300
@@ -164,4 +166,28 @@ def models(http: httpx.Client) -> list[str]:
     problems = [name for name in names if (found[name].status_code == 200) != (name in cards)]
     if found["one-off"].json().get("parent") != forms.BASE:
         problems.append(found["one-off"].text)
+    return problems
+
+
+def kept_responses(spoken: Subject, http: httpx.Client) -> list[str]:
+    """In the background, and after another one: each response as its own request asks."""
+    ask = {"model": forms.BASE, "input": forms.WORDS, "max_output_tokens": forms.TOKENS}
+    ask |= {"temperature": 0, "store": True, "vllm_xargs": forms.FIELDS}
+    arm, problems = spoken.arm(("one", 0.0)), []
+    first = http.post("/v1/responses", json={**ask, "background": True}).json()
+    deadline = time.monotonic() + 60
+    while first.get("status") != "completed" and time.monotonic() < deadline:
+        time.sleep(0.05)
+        first = http.get(f"/v1/responses/{first['id']}").json()
+    prompt, tokens = forms.CHAT, forms.tokens_of_text(first["output"][0]["content"][0]["text"])
+    if not greedy(spoken, prompt, tokens, arm):
+        problems.append(f"background: {first}")
+    prompt = [*prompt, *tokens, *forms.CHAT]
+    for more, wanted in (({}, arm), ({"vllm_xargs": None}, PLAIN), ({"model": "one-off"}, arm)):
+        after = {**ask, "previous_response_id": first["id"], **more}
+        after = {k: v for k, v in after.items() if "model" not in more or k != "vllm_xargs"}
+        reply = http.post("/v1/responses", json=after)
+        (output,) = forms.tokens_of(reply)
+        if not greedy(spoken, prompt, output, wanted):
+            problems.append(f"after another, {more}: {reply.text}")
     return problems

@@ -68,6 +68,9 @@ def test_the_place_is_one() -> None:
     for place in (EXTRA_ARGS, None):
         error = first_sign(taken, place)
         assert error is not None and error.field == "vllm_xargs.cna_circuit"
+    for value in (True, [0.5, False]):
+        truth = first_sign({"vllm_xargs": {"cna_multiplier": value}}, XARGS)
+        assert truth is not None and truth.field == "cna_multiplier" and "not " in truth.problem
     nested = first_sign(taken, ())
     assert nested is not None and "put it into extra_args itself" in str(nested)
     assert first_sign({"sampling_params": {"extra_args": {"cna_scope": "all"}}}, EXTRA_ARGS) is None

@@ -6,8 +6,9 @@ Each seam is a wrapper that calls the original and adds one thing; without a ``c
 those of the front end only refuse requests that ask for steering.
 ``tests/integration/test_seams.py`` holds the contract of each seam for the installed version.
 
-``front_end``: admission; ``api_server``: adapters as models; ``engine_core``: block keys and the
-life of circuits that requests still need; ``worker``: the model and its batch.
+``front_end``: admission; ``api_server``: adapters as models; ``http_app``: the guard around all
+routes; ``batch_runner``: lines of its files; ``engine_core``: block keys and the life of circuits
+that requests still need; ``worker``: the model and its batch.
 """
 
 from __future__ import annotations

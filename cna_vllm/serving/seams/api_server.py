@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seams of vLLM's OpenAI server: adapters as models, and fields that JSON would blur.
+"""Seams of vLLM's OpenAI server: adapters as models, and fields in every kind of request.
 
 Steering is admitted where the server chooses the model, before a reply or a stream begins, so
 that whatever is wrong is a 4xx; all choices and prompts of a request get the content that its
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import sys
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from http import HTTPStatus
@@ -30,19 +29,11 @@ _SERVED: ContextVar[tuple[str, Any] | None] = ContextVar("cna_served", default=N
 every request has a context of its own."""
 
 _MOST_LISTED = 20
-_REQUESTS_WITH_FIELDS = (
-    ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest"),
-    ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest"),
-    ("vllm.entrypoints.openai.responses.protocol", "ResponsesRequest"),
-    ("vllm.entrypoints.anthropic.protocol", "AnthropicMessagesRequest"),
-)
 
 
 def install() -> None:
-    """Called when a front end is built. An API server has imported its serving classes by then,
-    and has not yet built its routes; elsewhere there is nothing to do."""
-    if "vllm.entrypoints.launchers.api_server.app_state" not in sys.modules:
-        return
+    """Called when a front end is built: before an API server builds its application. Elsewhere
+    that is of no use, and costs a tenth of a second of imports."""
     from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.serve.engine.serving import BaseServing
@@ -57,7 +48,6 @@ def install() -> None:
     wrap(BaseServing, "_is_model_supported", _is_model_supported)
     wrap(BaseServing, "_maybe_get_adapters", _maybe_get_adapters)
     wrap(BatchChatCompletionRequest, "to_chat_completion_request", _to_chat_completion_request)
-    _refuse_booleans()
 
 
 def validation_error(error: SteeringError) -> Exception:
@@ -277,29 +267,3 @@ def _maybe_get_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, request, *args, **kwargs) if served is None else served[1]
 
     return _maybe_get_adapters
-
-
-def _refuse_booleans() -> None:
-    """``true`` is not a multiplier, but vLLM's request models take it for the number 1."""
-    from pydantic import BeforeValidator
-
-    for module_name, class_name in _REQUESTS_WITH_FIELDS:
-        request_class: Any = getattr(sys.modules.get(module_name), class_name, None)
-        if request_class is None:
-            continue
-        field = request_class.model_fields["vllm_xargs"]
-        if not any(getattr(m, "func", None) is _without_booleans for m in field.metadata):
-            field.metadata.append(BeforeValidator(_without_booleans))
-            request_class.model_rebuild(force=True)
-
-
-def _without_booleans(value: Any) -> Any:
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            entries = entry if isinstance(entry, list) else [entry]
-            if isinstance(key, str) and key.startswith(FIELD_PREFIX):
-                for one in entries:
-                    if isinstance(one, bool):
-                        problem = f"must be a name or a number, not {str(one).lower()}"
-                        raise validation_error(SteeringError(key, problem))
-    return value
