@@ -306,6 +306,7 @@ CONTROLS = (
     Form("plain", lambda e, r: r),
     Form("another plugin's field", _in_place({"other": 1})),
     Form("the user's words", _at(("metadata",), {"docname": "x", "cname": "y", "scope": "all"})),
+    Form("what vLLM may ignore", _at(("sampling_params",), {"temperature": 0})),
     Form("text", lambda e, r: Request({**r.body, "user": "cna_circuit: circuit"})),
     Form("byte-order mark", _written(lambda t: t.encode("utf-8-sig"), {}, top=True)),
 )

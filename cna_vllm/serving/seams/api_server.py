@@ -143,6 +143,7 @@ def _admit(
     """
     from vllm.entrypoints.scale_out.derender.serving import ServingDerender
     from vllm.entrypoints.scale_out.render.serving import ServingRender
+    from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
     from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 
     if isinstance(serving, ServingTokenization | ServingDerender):
@@ -166,7 +167,7 @@ def _admit(
         admission.admit_or_refuse(gate, fields)
         return
     admitted = admit_counted(gate, fields)
-    if hasattr(request, "sampling_params"):
+    if isinstance(request, GenerateRequest):
         request.sampling_params.extra_args = admitted
     else:
         request.vllm_xargs = admitted
@@ -175,14 +176,17 @@ def _admit(
 def _fields(request: Any) -> Mapping[str, Any] | None:
     """The object of a request that takes steering fields; None where nothing would read them."""
     from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest
+    from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 
-    if hasattr(request, "sampling_params"):  # /inference/v1/generate
+    if isinstance(request, GenerateRequest):
         return request.sampling_params.extra_args or {}
-    if "vllm_xargs" in type(request).model_fields or isinstance(
-        request, BatchChatCompletionRequest
-    ):
-        return getattr(request, "vllm_xargs", None) or {}
-    return None
+    batch = isinstance(request, BatchChatCompletionRequest)
+    if not batch and "vllm_xargs" not in type(request).model_fields:
+        return None
+    fields = getattr(request, "vllm_xargs", None) or {}
+    if not isinstance(fields, Mapping):  # the batch's model does not look
+        raise SteeringError("vllm_xargs", f"must be an object, not {show(fields)}")
+    return fields
 
 
 def _fields_of(
