@@ -13,6 +13,7 @@ from typing import Any
 from cna_vllm.arms import Arm
 from cna_vllm.batch.openai_file import read_request
 from cna_vllm.circuit import show
+from cna_vllm.misplaced import XARGS, first_sign_in_text, holds_letters
 from cna_vllm.prompts import (
     DEFAULT_COLUMN,
     Prompt,
@@ -26,6 +27,10 @@ from cna_vllm.prompts import (
 
 _KEYS = ("prompt", "messages", "id", "tags", "sampling")
 _TAG_SEPARATOR = ";"
+_ARMS = (
+    "steers nothing: rows are steered by the run's arms, or, as requests of an OpenAI batch file, "
+    "by fields in body.vllm_xargs; remove it"
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ def read_batch(path: str | os.PathLike[str], *, column: str | None = None) -> li
     `.txt`: one prompt a line. `.csv`: the column named `column` (default `prompt`), and the
     columns `id` and `tags` (several separated by `;`) where they are; others are ignored.
     `.jsonl`: objects with `prompt` or `messages`, and optionally `id`, `tags`, `sampling`; or
-    requests of an OpenAI batch file, which have a `custom_id`.
+    requests of an OpenAI batch file, which have a `custom_id`. What asks for steering elsewhere
+    than in a request's `vllm_xargs` is refused.
 
     Raises:
         PromptError: `FILE: reason` or `FILE:LINE: reason`.
@@ -112,6 +118,8 @@ def _from_txt(name: str, text: str, column: str) -> Numbered:
 
 def _from_csv(name: str, text: str, column: str) -> Numbered:
     for number, row in csv_rows(name, text, column):
+        for key in (key for key in row if holds_letters(key, own=True)):
+            raise PromptError(f"{name}:1: the column {show(key)} {_ARMS}")
         tags = (tag.strip() for tag in row.get("tags", "").split(_TAG_SEPARATOR))
         yield (
             number,
@@ -120,9 +128,15 @@ def _from_csv(name: str, text: str, column: str) -> Numbered:
 
 
 def _from_jsonl(name: str, text: str, column: str) -> Numbered:
-    for number, row in json_rows(name, text):
+    lines = numbered_lines(text)
+    for (number, row), (_, line) in zip(json_rows(name, text), lines, strict=True):
         with at_line(name, number):
-            yield number, read_request(row) if "custom_id" in row else _own_form(row)
+            openai = "custom_id" in row
+            raw = line.encode("utf-8", "surrogatepass")
+            error = first_sign_in_text(raw, ("body", *XARGS) if openai else None)
+            if error is not None:
+                raise PromptError(str(error) if openai else f"{error.field} {_ARMS}")
+            yield number, read_request(row) if openai else _own_form(row)
 
 
 def _own_form(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from cna_vllm.circuit import shared_neurons, show
+from cna_vllm.misplaced import first_sign, holds_letters
 from cna_vllm.request import (
     FIELD_CIRCUIT,
     FIELD_PREFIX,
@@ -29,8 +30,13 @@ logger = logging.getLogger("vllm.cna")
 
 
 def has_fields(extra_args: Mapping[str, Any] | None) -> bool:
-    """Whether a request carries any of our fields, known or not."""
-    return any(isinstance(k, str) and k.startswith(FIELD_PREFIX) for k in extra_args or ())
+    """Whether a request carries any of our fields, known or not, in any spelling."""
+    return any(isinstance(k, str) and holds_letters(k) for k in extra_args or ())
+
+
+def asks_for_steering(extra_args: Mapping[str, Any] | None) -> bool:
+    """Whether a request carries any of our fields, or what looks like one: then it is admitted."""
+    return bool(extra_args) and (has_fields(extra_args) or first_sign(extra_args, ()) is not None)
 
 
 WITHOUT_CONFIG = (
@@ -40,7 +46,8 @@ WITHOUT_CONFIG = (
 
 
 def refuse_without_config(extra_args: Mapping[str, Any] | None) -> None:
-    """For engines started without a ``cna`` key: raises SteeringError if steering is asked for."""
+    """For engines started without a ``cna`` key: raises SteeringError if steering is asked for.
+    What only looks like a field may be another plugin's there."""
     if has_fields(extra_args):
         raise SteeringError(FIELD_CIRCUIT, WITHOUT_CONFIG)
 
@@ -140,10 +147,12 @@ class Admission:
         taken from a client, so that it can key the prefix cache. Raises SteeringError, naming the
         field.
         """
-        if extra_args is None or not has_fields(extra_args):
+        if extra_args is None or not asks_for_steering(extra_args):
             return None if extra_args is None else dict(extra_args)
         if not resumable and self._admitted_before(extra_args):
             return dict(extra_args)
+        if (sign := first_sign(extra_args, ())) is not None:
+            raise sign
         others = {k: v for k, v in extra_args.items() if not str(k).startswith(FIELD_PREFIX)}
         ours = {k: v for k, v in extra_args.items() if str(k).startswith(FIELD_PREFIX)}
         recorded = FIELD_RECORD in ours

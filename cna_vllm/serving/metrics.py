@@ -124,15 +124,19 @@ def admit_counted(
     try:
         admitted = admit_or_refuse(gate, extra_args, resumable=resumable)
     except SteeringError as error:
-        # Clients choose the names of unknown fields: those share a label.
-        field = error.field if error.field in FIELDS else OTHER
-        control_metrics().refused.labels(field=field).inc()
+        count_refused(error)
         raise
     if admitted and RESOLVED_FIELD in admitted and RESOLVED_FIELD not in extra_args:
         for field in (FIELD_CIRCUIT, FIELD_VECTOR):
             names = extra_args.get(field, ())
             control_metrics().count_request([names] if isinstance(names, str) else names)
     return admitted
+
+
+def count_refused(error: SteeringError) -> None:
+    """Clients choose the names of unknown fields: those share a label."""
+    field = error.field if error.field in FIELDS else OTHER
+    control_metrics().refused.labels(field=field).inc()
 
 
 @lru_cache(maxsize=1)

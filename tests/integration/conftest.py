@@ -95,9 +95,10 @@ class Subject:
         ]
 
 
-def _subject(
+def subject(
     path: str, folder: Path, layers: int, width: int, per_layer: int, engine: Mapping[str, Any]
 ) -> Subject:
+    """A model with two random circuits of ``per_layer`` neurons a layer, written to ``folder``."""
     circuits = {
         "one": tiny_models.channels(layers, width, per_layer, seed=1),
         "two": tiny_models.channels(layers, width, per_layer, seed=2),
@@ -114,7 +115,7 @@ def _subject(
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     """SmolLM2-135M-Instruct, the default model; circuits of 5% of its neurons."""
     path = str(default_model_path())
-    return _subject(path, tmp_path_factory.mktemp("smollm2"), 30, 1536, 80, {})
+    return subject(path, tmp_path_factory.mktemp("smollm2"), 30, 1536, 80, {})
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +124,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     folder = tmp_path_factory.mktemp("tiny")
     path = str(tiny_models.llama(folder / "model"))
     engine = {"skip_tokenizer_init": True}
-    return _subject(path, folder, tiny_models.LAYERS, tiny_models.WIDTH, 20, engine)
+    return subject(path, folder, tiny_models.LAYERS, tiny_models.WIDTH, 20, engine)
 
 
 @pytest.fixture(scope="session")

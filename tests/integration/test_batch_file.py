@@ -36,6 +36,9 @@ def test_a_batch_file(smollm2: Subject, tmp_path: Path) -> None:
         ("smollm2", {"vllm_xargs": {**fields, "cna_circuit": "nope"}}, "cna_circuit"),
         ("one-off", {"vllm_xargs": fields}, "sets the steering"),
         ("nope", {}, "does not exist"),
+        ("smollm2", fields, "body.cna_circuit: is in body; put it into body.vllm_xargs"),
+        ("smollm2", {"vllm_xargs": {"circuit": "one"}}, "did you mean cna_circuit?"),
+        ("one-of", {}, "Did you mean one-off?"),
     ]
     ask = {"messages": QUESTION, "max_tokens": TOKENS, "temperature": 0, "return_token_ids": True}
     given, done = tmp_path / "in.jsonl", tmp_path / "out.jsonl"

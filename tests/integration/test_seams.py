@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -151,6 +152,7 @@ def test_api_server_seams() -> None:
     from vllm.entrypoints.serve.engine.serving import BaseServing
 
     assert parameters(BaseServing._check_model) == ["self", "request"]
+    assert parameters(BaseServing._is_model_supported) == ["self", "model_name"]
     assert parameters(BaseServing._maybe_get_adapters)[:2] == ["self", "request"]
     assert parameters(OpenAIServingModels.model_name) == ["self", "lora_request"]
     assert parameters(OpenAIServingModels._check_load_lora_adapter_request) == ["self", "request"]
@@ -162,6 +164,80 @@ def test_api_server_seams() -> None:
         module = importlib.import_module(f"vllm.entrypoints.openai.{serving}.serving")
         body = inspect.getsource(module)
         assert body.index("self._check_model(") < body.index("self._maybe_get_adapters(")
+
+
+def test_http_application_seam() -> None:
+    """Middleware is added once all routes are there, by a name that is looked up then."""
+    from vllm.entrypoints.launchers import app
+    from vllm.entrypoints.serve.middleware import register
+
+    assert parameters(app.init_entrypoints_middleware)[:2] == ["args", "app"]
+    body = inspect.getsource(app.build_app)
+    assert 0 < body.index("attach_endpoint_plugins(") < body.index("init_entrypoints_middleware(")
+    # The API key's check is added after the guard, and what is added last comes first.
+    assert "add_middleware(AuthenticationMiddleware" in inspect.getsource(register)
+
+
+def test_routes_of_a_text_generation_server() -> None:
+    """Those that take fields are those of the table; no field of any route looks like a sign."""
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from cna_vllm.misplaced import OWN_DATA, first_sign
+    from cna_vllm.serving.http.guard import PLACES
+
+    cli_args = importlib.import_module(
+        "vllm.entrypoints.common.cli_args"
+        if importlib.util.find_spec("vllm.entrypoints.common.cli_args")
+        else "vllm.entrypoints.launchers.cli_args"
+    )
+    parser = cli_args.make_arg_parser(FlexibleArgumentParser())
+    app = build_app(parser.parse_args(["--enable-scale-out"]), ("generate",), None)
+    schema = app.openapi()
+    taking = set()
+    for path, methods in schema["paths"].items():
+        content = methods.get("post", {}).get("requestBody", {}).get("content", {})
+        name = content.get("application/json", {}).get("schema", {}).get("$ref", "").split("/")[-1]
+        fields = set(schema["components"]["schemas"].get(name, {}).get("properties", ()))
+        assert first_sign(dict.fromkeys(fields - OWN_DATA), None) is None, path
+        if "vllm_xargs" in fields:
+            taking.add(path)
+    # The batch's model keeps what it does not know; /invocations has none; the last has its own.
+    assert set(PLACES) - taking == {
+        "/v1/chat/completions/batch",
+        "/invocations",
+        "/inference/v1/generate",
+    }
+    assert taking <= set(PLACES)
+
+
+def test_batch_runner_seam() -> None:
+    """A line is read, and then run, by names of the module; a handler is called with its body."""
+    from vllm.entrypoints.launchers import run_batch
+
+    source = inspect.getsource(run_batch)
+    assert "BatchRequestInput.model_validate_json(request_json)" in source
+    assert "run_request(handler_fn, request" in source
+    assert parameters(run_batch.run_request)[:2] == ["serving_engine_func", "request"]
+    assert run_batch.BatchRequestInput.model_config["extra"] == "allow"
+    assert "await serving_engine_func(request.body)" in inspect.getsource(run_batch.run_request)
+
+
+def test_places_of_admitted_fields() -> None:
+    """What admission leaves in a request reaches SamplingParams as it is."""
+    from vllm import SamplingParams
+    from vllm.entrypoints.openai.chat_completion.protocol import (
+        BatchChatCompletionRequest,
+        ChatCompletionRequest,
+    )
+    from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
+
+    to_chat = BatchChatCompletionRequest.to_chat_completion_request
+    assert parameters(to_chat) == ["self", "messages"]
+    assert BatchChatCompletionRequest.model_config["extra"] == "allow"
+    assert GenerateRequest.model_fields["sampling_params"].annotation is SamplingParams
+    body = inspect.getsource(ChatCompletionRequest.to_sampling_params)
+    assert "= self.vllm_xargs if self.vllm_xargs else {}" in body
 
 
 def test_worker_seams_v1() -> None:
@@ -297,15 +373,21 @@ def test_a_seam_that_vanished_is_an_error() -> None:
         wrap(Owner, "gone", lambda original: original)
 
 
-def test_a_seam_is_installed_once_and_keeps_static_methods() -> None:
+def test_a_seam_is_installed_once_and_keeps_static_and_class_methods() -> None:
     class Owner:
         @staticmethod
         def double(x: int) -> int:
             return 2 * x
 
+        @classmethod
+        def named(cls, x: int) -> str:
+            return f"{cls.__name__} {x}"
+
     for _ in range(2):
         wrap(Owner, "double", lambda original: lambda x: original(x) + 1)
+        wrap(Owner, "named", lambda original: lambda x: original(x) + "!")
     assert Owner().double(3) == 7
+    assert Owner().named(3) == Owner.named(3) == "Owner 3!"
 
 
 def test_the_plugin_is_found_and_registers_twice_without_harm() -> None:

@@ -99,6 +99,19 @@ def test_openai_chat_and_completion(tmp_path: Path) -> None:
     )
 
 
+def test_steering_is_not_lost_in_a_column_or_a_second_key(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text("prompt,docname,cna_circuit\na,b,c\n")
+    with pytest.raises(PromptError, match=r"rows.csv:1: the column 'cna_circuit' steers nothing"):
+        read_batch(table)
+    lines = tmp_path / "rows.jsonl"
+    xargs = '{"cna_circuit": "f", "cna_multiplier": 0, "cna_multiplier": 1}'
+    body = f'{{"prompt": "a", "vllm_xargs": {xargs}}}'
+    lines.write_text(f'{{"custom_id": "a", "url": "/v1/completions", "body": {body}}}\n')
+    with pytest.raises(PromptError, match=r"rows.jsonl:1: body.vllm_xargs.cna_mult.*twice"):
+        read_batch(lines)
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [
@@ -127,6 +140,14 @@ def test_openai_chat_and_completion(tmp_path: Path) -> None:
         (openai(body_vllm_xargs={"cna_circuit": "f"}), "cna_multiplier: missing"),
         (openai(body_vllm_xargs={"cna_circut": "f"}), "did you mean cna_circuit"),
         (openai(body_vllm_xargs={"cna_circuit": "f", "cna_multiplier": "0"}), "must be a number"),
+        (openai(body_vllm_xargs={"circuit": "f"}), "body.vllm_xargs.circuit: unknown field; did"),
+        (openai(body_cna_circuit="f"), "body.cna_circuit: is in body; put it into body.vllm_xargs"),
+        (openai(cna_circuit="f"), "cna_circuit: is at the top level"),
+        (openai(body_metadata={"cna_scope": "all"}), "body.metadata.cna_scope: holds the letters"),
+        ({"prompt": "a", "cna_circuit": "f"}, "cna_circuit steers nothing: rows are steered by"),
+        ({"prompt": "a", "vllm_xargs": {"cna_scope": "all"}}, "vllm_xargs.cna_scope steers no"),
+        ({"prompt": "a", "sampling": {"extra_args": {"circuit": 1}}}, "sampling.extra_args.circ"),
+        ({"messages": [{**TURN, "CNA": 1}]}, "messages.0.CNA steers nothing"),
     ],
 )
 def test_bad_rows_name_the_line(tmp_path: Path, row: Any, says: str) -> None:

@@ -19,6 +19,7 @@ from cna_vllm.request import SCOPES, SteeringError
 from cna_vllm.serving.adapter import Adapter
 from cna_vllm.serving.admission import (
     Admission,
+    asks_for_steering,
     has_fields,
     is_sealed,
     refuse_without_config,
@@ -26,7 +27,7 @@ from cna_vllm.serving.admission import (
 from cna_vllm.serving.config import SECRET_VARIABLE, CnaConfig, CnaConfigError
 from cna_vllm.serving.registry import CircuitRegistry, ServedModel
 
-OTHERS = {"other": [1, {"deep": 2}], "CNA_circuit": "not ours", "xcna_circuit": 1}
+OTHERS = {"other": [1, {"deep": 2}], "c": {"na": 1}, "scope": 2}
 
 
 def make_circuit(index: int) -> Circuit:
@@ -199,14 +200,33 @@ def test_the_name_is_resolved_when_asked() -> None:
     assert_refused(gate, fields(), "cna_circuit", "none is loaded")
 
 
-@pytest.mark.parametrize("asked", [fields(), {"cna_typo": 1}, {"cna_record": "g"}])
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({"CNA_circuit": "french"}, "CNA_circuit"),
+        ({"circuit": "french", "multiplier": 0}, "circuit"),
+        ({"cna": {"circuit": "french"}}, "cna"),
+        ({"vllm_xargs": fields()}, "vllm_xargs.cna_circuit"),
+        ({"extra_body": {"vllm_xargs": fields()}}, "extra_body.vllm_xargs.cna_circuit"),
+        ({**fields(), "scope": "all"}, "scope"),
+        ({**fields(), "cnaScope": "all"}, "cnaScope"),
+    ],
+)
+def test_misplaced_and_misspelt_fields_are_refused(asked: dict[str, Any], field: str) -> None:
+    assert asks_for_steering({**OTHERS, **asked})
+    with pytest.raises(SteeringError) as error:
+        make_admission().admit({**OTHERS, **asked})
+    assert error.value.field == field
+
+
+@pytest.mark.parametrize("asked", [fields(), {"cna_typo": 1}, {"cna_record": "g"}, {"CNA": 1}])
 def test_an_engine_without_circuits_refuses(asked: dict[str, Any]) -> None:
     with pytest.raises(SteeringError, match=r"started without circuits.*additional_config"):
         refuse_without_config({**OTHERS, **asked})
     assert has_fields({**OTHERS, **asked})
 
 
-@pytest.mark.parametrize("asked", [None, {}, OTHERS, {1: 2}])
+@pytest.mark.parametrize("asked", [None, {}, OTHERS, {1: 2}, {"vector": 1}])
 def test_an_engine_without_circuits_serves_plain_requests(asked: Any) -> None:
     refuse_without_config(asked)
     assert not has_fields(asked)

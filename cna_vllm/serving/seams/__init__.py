@@ -6,9 +6,10 @@ Each seam is a wrapper that calls the original and adds one thing; without a ``c
 those of the front end only refuse requests that ask for steering.
 ``tests/integration/test_seams.py`` holds the contract of each seam for the installed version.
 
-``front_end``: admission; ``api_server``: adapters as models; ``engine_core``: what was not admitted
-is refused, block keys, and the life of circuits that requests still need; ``engines``: all engines
-of a deployment; ``scheduler``: the account of steered rows; ``worker``: the model and its batch;
+``front_end``: admission; ``api_server``: adapters as models; ``http_app``: the guard around all
+routes; ``batch_runner``: lines of its files; ``engine_core``: what was not admitted is refused,
+block keys, and the life of circuits that requests still need; ``engines``: all engines of a
+deployment; ``scheduler``: the account of steered rows; ``worker``: the model and its batch;
 ``failures``: what the core ended, told by the front end.
 """
 

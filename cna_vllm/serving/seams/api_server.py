@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seams of vLLM's OpenAI server: adapters as models, and fields that JSON would blur.
+"""Seams of vLLM's OpenAI server: adapters as models, and fields in every kind of request.
 
 Steering is admitted where the server chooses the model, before a reply or a stream begins, so
 that whatever is wrong is a 4xx; all choices and prompts of a request get the content that its
@@ -8,46 +8,46 @@ names stood for at that moment.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+import difflib
+import json
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
 
 from cna_vllm.circuit import show
-from cna_vllm.request import FIELD_CIRCUIT, FIELD_PREFIX, SteeringError
+from cna_vllm.request import FIELD_CIRCUIT, FIELD_PREFIX, RESOLVED_FIELD, SteeringError
 from cna_vllm.serving import admission
 from cna_vllm.serving.adapter import Adapter
 from cna_vllm.serving.metrics import admit_counted
+from cna_vllm.serving.seams import batch_runner, http_app
+from cna_vllm.serving.seams.http_app import gate_of
 from cna_vllm.serving.seams.wrapping import wrap
 
 _SERVED: ContextVar[tuple[str, Any] | None] = ContextVar("cna_served", default=None)
 """The adapter that this HTTP request names as its model, and its LoRA request if it has one;
 every request has a context of its own."""
 
-_REQUESTS_WITH_FIELDS = (
-    ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest"),
-    ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest"),
-    ("vllm.entrypoints.openai.responses.protocol", "ResponsesRequest"),
-    ("vllm.entrypoints.anthropic.protocol", "AnthropicMessagesRequest"),
-)
+_MOST_LISTED = 20
 
 
 def install() -> None:
-    """Called when a front end is built. An API server has imported its serving classes by then,
-    and has not yet built its routes; elsewhere there is nothing to do."""
-    if "vllm.entrypoints.launchers.api_server.app_state" not in sys.modules:
-        return
+    """Called when a front end is built: before an API server builds its application. Elsewhere
+    that is of no use, and costs a tenth of a second of imports."""
+    from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.serve.engine.serving import BaseServing
 
+    http_app.install()
+    batch_runner.install()
     wrap(OpenAIServingModels, "__init__", _models_init)
     wrap(OpenAIServingModels, "show_available_models", _show_available_models)
     wrap(OpenAIServingModels, "model_name", _model_name)
     wrap(OpenAIServingModels, "_check_load_lora_adapter_request", _check_load_lora)
     wrap(BaseServing, "_check_model", _check_model)
+    wrap(BaseServing, "_is_model_supported", _is_model_supported)
     wrap(BaseServing, "_maybe_get_adapters", _maybe_get_adapters)
-    _refuse_booleans()
+    wrap(BatchChatCompletionRequest, "to_chat_completion_request", _to_chat_completion_request)
 
 
 def validation_error(error: SteeringError) -> Exception:
@@ -57,14 +57,10 @@ def validation_error(error: SteeringError) -> Exception:
     return VLLMValidationError(str(error), parameter=error.field)
 
 
-def _gate_of(models: Any) -> admission.Admission | None:
-    return getattr(getattr(models, "input_processor", None), "cna_admission", None)
-
-
 def _models_init(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if (gate := _gate_of(self)) is not None:
+        if (gate := gate_of(self)) is not None:
             loras = [module.name for module in self.static_lora_modules or ()]
             gate.registry.reserve([*(path.name for path in self.base_model_paths), *loras])
 
@@ -76,7 +72,7 @@ def _show_available_models(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 
         models = await original(self)
-        if (gate := _gate_of(self)) is not None:
+        if (gate := gate_of(self)) is not None:
             base = self.base_model_paths[0].name
             models.data.extend(
                 ModelCard(id=name, root=base, parent=base, permission=[ModelPermission()])
@@ -99,7 +95,7 @@ def _check_load_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     async def _check_load_lora_adapter_request(self: Any, request: Any) -> Any:
         from vllm.entrypoints.serve import create_error_response
 
-        gate = _gate_of(self)
+        gate = gate_of(self)
         names = gate.registry.names() if gate is not None else None
         if names and (request.lora_name in names.circuits or request.lora_name in names.adapters):
             return create_error_response(
@@ -117,23 +113,16 @@ def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             if (wrong := _unwritable(request.model)) is not None:
                 raise wrong
-            gate = _gate_of(self.models)
+            gate = gate_of(self.models)
             # Requests for the base model need no look at the registry.
             adapter = None
             if gate is not None and not self._is_model_supported(request.model):
                 adapter = gate.registry.adapter(request.model)
-            if adapter is None:
-                if (error := await original(self, request)) is not None:
-                    return error
-                fields = getattr(request, "vllm_xargs", None) or {}
-            else:
-                fields = _fields_of(request, adapter, self.models)
-            if admission.has_fields(fields):
-                if getattr(request, "use_beam_search", False):
-                    raise SteeringError(
-                        FIELD_CIRCUIT, "beam search cannot be steered; drop use_beam_search"
-                    )
-                request.vllm_xargs = admit_counted(gate, fields)
+            if adapter is None and (error := await original(self, request)) is not None:
+                if gate is not None and error.error.code == HTTPStatus.NOT_FOUND:
+                    error.error.message += _known_models(request.model, self.models, gate)
+                return error
+            _admit(self, request, adapter, gate)
             if adapter is not None:
                 _SERVED.set((request.model, self.models.lora_requests.get(adapter.lora)))
             return None
@@ -145,25 +134,69 @@ def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
     return _check_model
 
 
-def _fields_of(request: Any, adapter: Adapter, models: Any) -> dict[str, Any]:
-    """A request's fields with those of the adapter it names, or SteeringError."""
-    from vllm.entrypoints.serve.tokenize.protocol import (
-        DetokenizeRequest,
-        TokenizeChatRequest,
-        TokenizeCompletionRequest,
-    )
+def _admit(
+    serving: Any, request: Any, adapter: Adapter | None, gate: admission.Admission | None
+) -> None:
+    """Leaves what admission made of a request's fields, or of its adapter's, in their place.
 
-    if isinstance(request, DetokenizeRequest | TokenizeChatRequest | TokenizeCompletionRequest):
-        return {}  # an adapter has its base model's tokens
-    if not hasattr(request, "vllm_xargs"):
+    Raises SteeringError for what cannot be steered as asked.
+    """
+    from vllm.entrypoints.scale_out.derender.serving import ServingDerender
+    from vllm.entrypoints.scale_out.render.serving import ServingRender
+    from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
+    from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+
+    if isinstance(serving, ServingTokenization | ServingDerender):
+        return  # an adapter has its base model's tokens
+    own = _fields(request)
+    fields = own or {}
+    if adapter is not None:
+        if own is None:
+            raise SteeringError(
+                "model", f"{show(request.model)} is an adapter, and this endpoint cannot be steered"
+            )
+        fields = _fields_of(request.model, own, adapter, serving.models)
+    if not admission.asks_for_steering(fields):
+        return
+    if getattr(request, "use_beam_search", False):
         raise SteeringError(
-            "model", f"{show(request.model)} is an adapter, and this endpoint cannot be steered"
+            FIELD_CIRCUIT, "beam search cannot be steered; drop use_beam_search"
         )
-    own = request.vllm_xargs or {}
-    if admission.has_fields(own):
+    if isinstance(serving, ServingRender):
+        # Its reply is a request for another server: that one resolves names, to its own content.
+        admission.admit_or_refuse(gate, fields)
+        return
+    admitted = admit_counted(gate, fields)
+    if isinstance(request, GenerateRequest):
+        request.sampling_params.extra_args = admitted
+    else:
+        request.vllm_xargs = admitted
+
+
+def _fields(request: Any) -> Mapping[str, Any] | None:
+    """The object of a request that takes steering fields; None where nothing would read them."""
+    from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest
+    from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
+
+    if isinstance(request, GenerateRequest):
+        return request.sampling_params.extra_args or {}
+    batch = isinstance(request, BatchChatCompletionRequest)
+    if not batch and "vllm_xargs" not in type(request).model_fields:
+        return None
+    fields = getattr(request, "vllm_xargs", None) or {}
+    if not isinstance(fields, Mapping):  # the batch's model does not look
+        raise SteeringError("vllm_xargs", f"must be an object, not {show(fields)}")
+    return fields
+
+
+def _fields_of(
+    model: str, own: Mapping[str, Any], adapter: Adapter, models: Any
+) -> dict[str, Any]:
+    """A request's fields with those of the adapter it names, or SteeringError."""
+    if admission.asks_for_steering(own):
         raise SteeringError(
-            next(key for key in own if key.startswith(FIELD_PREFIX)),
-            f"the model {show(request.model)} is an adapter, which sets the steering; drop the "
+            next((key for key in own if key.startswith(FIELD_PREFIX)), FIELD_CIRCUIT),
+            f"the model {show(model)} is an adapter, which sets the steering; drop the "
             "field or name the base model",
         )
     if adapter.lora is not None and adapter.lora not in models.lora_requests:
@@ -171,6 +204,55 @@ def _fields_of(request: Any, adapter: Adapter, models: Any) -> dict[str, Any]:
             "model", f"the adapter needs the LoRA adapter {show(adapter.lora)}, which is not loaded"
         )
     return {**own, **adapter.fields}
+
+
+def _known_models(model: str, models: Any, gate: admission.Admission) -> str:
+    """What to name instead of a model that does not exist."""
+    names = gate.registry.names()
+    if model in names.circuits:
+        return (
+            f" {show(model)} is a circuit: name a model that is served, and add "
+            f'{{"vllm_xargs": {{"{FIELD_CIRCUIT}": {json.dumps(model)}, "cna_multiplier": 0}}}}, '
+            "or name an adapter."
+        )
+    adapters = sorted(names.adapters)
+    served = [*(path.name for path in models.base_model_paths), *models.lora_requests, *adapters]
+    close = difflib.get_close_matches(model, served, n=1)
+    listed = ", ".join(adapters[:_MOST_LISTED]) + (", ..." if adapters[_MOST_LISTED:] else "")
+    return (f" Adapters: {listed}." if adapters else "") + (
+        f" Did you mean {close[0]}?" if close else ""
+    )
+
+
+def _is_model_supported(original: Callable[..., bool]) -> Callable[..., bool]:
+    """With ``VLLM_SKIP_MODEL_NAME_VALIDATION`` every name is that of the base model, but for those
+    that stand for something else."""
+
+    def _is_model_supported(self: Any, model_name: str | None) -> bool:
+        if not original(self, model_name):
+            return False
+        gate = gate_of(self.models)
+        if gate is None or not model_name or self.models.is_base_model(model_name):
+            return True
+        names = gate.registry.names()
+        return model_name not in names.adapters and model_name not in names.circuits
+
+    return _is_model_supported
+
+
+def _to_chat_completion_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Each conversation of a batch gets what was admitted for all, which no JSON could say."""
+
+    def to_chat_completion_request(self: Any, messages: Any) -> Any:
+        xargs = dict(getattr(self, "vllm_xargs", None) or {})
+        steering = xargs.pop(RESOLVED_FIELD, None)
+        if steering is None:
+            return original(self, messages)
+        single = original(self.model_copy(update={"vllm_xargs": xargs or None}), messages)
+        single.vllm_xargs = {**(single.vllm_xargs or {}), RESOLVED_FIELD: steering}
+        return single
+
+    return to_chat_completion_request
 
 
 def _unwritable(model: Any) -> SteeringError | None:
@@ -189,29 +271,3 @@ def _maybe_get_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, request, *args, **kwargs) if served is None else served[1]
 
     return _maybe_get_adapters
-
-
-def _refuse_booleans() -> None:
-    """``true`` is not a multiplier, but vLLM's request models take it for the number 1."""
-    from pydantic import BeforeValidator
-
-    for module_name, class_name in _REQUESTS_WITH_FIELDS:
-        request_class: Any = getattr(sys.modules.get(module_name), class_name, None)
-        if request_class is None:
-            continue
-        field = request_class.model_fields["vllm_xargs"]
-        if not any(getattr(m, "func", None) is _without_booleans for m in field.metadata):
-            field.metadata.append(BeforeValidator(_without_booleans))
-            request_class.model_rebuild(force=True)
-
-
-def _without_booleans(value: Any) -> Any:
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            entries = entry if isinstance(entry, list) else [entry]
-            if isinstance(key, str) and key.startswith(FIELD_PREFIX):
-                for one in entries:
-                    if isinstance(one, bool):
-                        problem = f"must be a name or a number, not {str(one).lower()}"
-                        raise validation_error(SteeringError(key, problem))
-    return value

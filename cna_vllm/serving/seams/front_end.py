@@ -60,7 +60,7 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
         extra_args = getattr(params, "extra_args", None)
-        if extra_args and admission.has_fields(extra_args):
+        if extra_args and admission.asks_for_steering(extra_args):
             gate: admission.Admission | None = self.cna_admission
             resumable = bool(kwargs.get("resumable", False))
             try:

@@ -19,6 +19,7 @@ def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..
         return
     wrapper: Any = functools.wraps(original)(make(original))
     wrapper.__cna_seam__ = True
-    if isinstance(inspect.getattr_static(owner, name), staticmethod):
+    if isinstance(inspect.getattr_static(owner, name), staticmethod | classmethod):
+        # A class method's original knows its class already.
         wrapper = staticmethod(wrapper)
     setattr(owner, name, wrapper)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seams of vLLM's HTTP application: the guard around its routes, and one model by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
+from typing import Any
+
+from cna_vllm.serving.http.guard import SteeringGuard
+from cna_vllm.serving.seams.wrapping import wrap
+
+
+def install() -> None:
+    """Applications that are built from now on are guarded."""
+    from vllm.entrypoints.launchers import app
+
+    wrap(app, "init_entrypoints_middleware", _init_entrypoints_middleware)
+
+
+def gate_of(models: Any) -> Any:
+    """The admission gate behind vLLM's ``OpenAIServingModels``; None for an engine without one."""
+    return getattr(getattr(models, "input_processor", None), "cna_admission", None)
+
+
+def _init_entrypoints_middleware(original: Callable[..., None]) -> Callable[..., None]:
+    """Called once all routes are there. What is added last is outermost: the guard is within the
+    API key's check, and within whatever the operator added, which may rewrite requests."""
+
+    def init_entrypoints_middleware(args: Any, app: Any, *more: Any, **kwargs: Any) -> None:
+        app.add_route("/v1/models/{model:path}", _model, methods=["GET"])
+        app.add_middleware(SteeringGuard, names=_names)
+        original(args, app, *more, **kwargs)
+
+    return init_entrypoints_middleware
+
+
+def _names(app: Any) -> Iterable[str]:
+    gate = gate_of(app.state.openai_serving_models)
+    if gate is None:
+        return ()
+    names = gate.registry.names()
+    return {*names.circuits, *names.adapters}
+
+
+async def _model(request: Any) -> Any:
+    """``GET /v1/models/ID``, which OpenAI's clients ask for and vLLM does not have."""
+    from starlette.responses import JSONResponse
+    from vllm.entrypoints.serve import create_error_response
+
+    models = await request.app.state.openai_serving_models.show_available_models()
+    wanted = request.path_params["model"]
+    if not wanted:
+        return JSONResponse(models.model_dump())
+    for card in models.data:
+        if card.id == wanted:
+            return JSONResponse(card.model_dump())
+    problem = f"The model `{wanted}` does not exist."
+    error = create_error_response(problem, "NotFoundError", HTTPStatus.NOT_FOUND, "model")
+    return JSONResponse(error.model_dump(), status_code=HTTPStatus.NOT_FOUND)
