@@ -64,7 +64,7 @@ class Engine:
     def _output(self, request_id: str, prompt: Any, params: Any) -> Any:
         ids = [*prompt["prompt_token_ids"], params.seed or 0, len(params.extra_args or {})]
         completion = SimpleNamespace(
-            text=str(ids), token_ids=tuple(ids), finish_reason=self.reason, logprobs=None
+            text=str(ids), token_ids=tuple(ids), finish_reason=self.reason, stop_reason=None, logprobs=None
         )
         return SimpleNamespace(
             request_id=request_id, finished=True, outputs=[completion], prompt_logprobs=None
@@ -182,7 +182,7 @@ def test_a_failed_request_leaves_the_engine_idle_and_the_others_kept(
         engine.reason = "abort" if steps == 4 else "stop"
 
     engine.interrupt = fail
-    with pytest.raises(BatchError, match="the engine ended it with 'abort'"):
+    with pytest.raises(BatchError, match="the engine ended arm 'plain' with 'abort'"):
         run(tokenizer, engine, rows, tmp_path / "o")
     assert not engine.waiting
     assert 0 < rows_done(rows, tmp_path / "o", {}) < len(rows)
