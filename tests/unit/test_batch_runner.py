@@ -64,7 +64,11 @@ class Engine:
     def _output(self, request_id: str, prompt: Any, params: Any) -> Any:
         ids = [*prompt["prompt_token_ids"], params.seed or 0, len(params.extra_args or {})]
         completion = SimpleNamespace(
-            text=str(ids), token_ids=tuple(ids), finish_reason=self.reason, stop_reason=None, logprobs=None
+            text=str(ids),
+            token_ids=tuple(ids),
+            finish_reason=self.reason,
+            stop_reason=None,
+            logprobs=None,
         )
         return SimpleNamespace(
             request_id=request_id, finished=True, outputs=[completion], prompt_logprobs=None
