@@ -122,6 +122,9 @@ def test_steered_or_refused(spoken: Subject, name: str, tmp_path: Path) -> None:
         if name == "one API server":
             problems += fuzz(spoken, http)
             problems += models(http) + kept_responses(spoken, http)
+            # Who has no key learns nothing of fields.
+            keyless = httpx.post(f"{server.url}/v1/completions", json=forms.FIELDS)
+            problems += [] if keyless.status_code == 401 else [keyless.text]
     print(name, dict(counts))
     assert not problems, f"{len(problems)}:\n" + "\n".join(problems[:40])
     assert counts["steered"] + counts["refused"] >= 300

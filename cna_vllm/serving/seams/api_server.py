@@ -159,9 +159,7 @@ def _admit(
     if not admission.asks_for_steering(fields):
         return
     if getattr(request, "use_beam_search", False):
-        raise SteeringError(
-            FIELD_CIRCUIT, "beam search cannot be steered; drop use_beam_search"
-        )
+        raise SteeringError(FIELD_CIRCUIT, "beam search cannot be steered; drop use_beam_search")
     if isinstance(serving, ServingRender):
         # Its reply is a request for another server: that one resolves names, to its own content.
         admission.admit_or_refuse(gate, fields)
@@ -189,9 +187,7 @@ def _fields(request: Any) -> Mapping[str, Any] | None:
     return fields
 
 
-def _fields_of(
-    model: str, own: Mapping[str, Any], adapter: Adapter, models: Any
-) -> dict[str, Any]:
+def _fields_of(model: str, own: Mapping[str, Any], adapter: Adapter, models: Any) -> dict[str, Any]:
     """A request's fields with those of the adapter it names, or SteeringError."""
     if admission.asks_for_steering(own):
         raise SteeringError(
