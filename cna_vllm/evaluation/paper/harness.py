@@ -83,6 +83,8 @@ class ArmLM(TemplateLM):
         )
         scores = []
         for (tokens, length), output in zip(sequences, outputs, strict=True):
+            if output.outputs[0].finish_reason == "error":
+                raise HarnessError(f"arm {self.arm.name!r}: {output.outputs[0].stop_reason}")
             steps = output.prompt_logprobs[-length:]
             chosen = [step[token] for step, token in zip(steps, tokens[-length:], strict=True)]
             total = sum(entry.logprob for entry in chosen)
