@@ -19,6 +19,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 TOGETHER = (
     "tests/integration/serving/",
     "tests/integration/test_ab.py",
+    "tests/integration/test_commands.py",
     "tests/integration/test_eval.py",
     "tests/integration/test_generate.py",
     "tests/integration/test_interrupt.py",

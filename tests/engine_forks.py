@@ -189,10 +189,14 @@ def _need_no_imports() -> None:
     servers, engine cores, workers) or on the spot (a look at a model's class)."""
     from multiprocessing import context, popen_fork
 
+    from vllm.entrypoints.launchers import launcher
     from vllm.model_executor.models import registry
 
     context.SpawnProcess._Popen = staticmethod(popen_fork.Popen)
     registry._run_in_subprocess = lambda look: look()
+    # A fork has the server's socket too, so a server that stops would find it in a process that
+    # ends at that moment.
+    launcher.find_process_using_port = lambda port: None
 
 
 def _run(job: Mapping[str, Any]) -> None:

@@ -339,7 +339,11 @@ def test_a_seal_is_of_its_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_an_adapter_of_circuits_that_share_neurons_is_warned_of(
-    circuits: Any, multipliers: Any, shared: int, caplog: pytest.LogCaptureFixture
+    circuits: Any,
+    multipliers: Any,
+    shared: int,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     registry = CircuitRegistry(ServedModel("m", "A", 2, 16))
     registry.register("french", FRENCH)
@@ -348,6 +352,9 @@ def test_an_adapter_of_circuits_that_share_neurons_is_warned_of(
     adapter = Adapter.from_dict({"circuit": circuits, "multiplier": multipliers})
     registry.register_adapter("both", adapter)
     logger = logging.getLogger("vllm.cna")
+    # vLLM configures it where it is imported, and other tests choose a level.
+    monkeypatch.setattr(logger, "disabled", False)
+    caplog.set_level(logging.WARNING, logger="vllm.cna")
     logger.addHandler(caplog.handler)
     try:
         Admission(CnaConfig(), registry)
