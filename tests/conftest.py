@@ -30,8 +30,15 @@ TOGETHER = (
 
 # What proves the engine side: `make test` runs it on each supported vLLM.
 ON_EACH_VERSION = ("tests/integration/", "tests/unit/test_serving_")
-# Of those, what no version of vLLM changes.
-ON_ONE_VERSION = ("tests/integration/test_report_browser.py",)
+# Of those, what no version of vLLM changes, or what takes its time and has a shorter twin there.
+ON_ONE_VERSION = (
+    "tests/integration/serving/test_pages.py",
+    "tests/integration/test_architectures.py::test_steering_and_discovery[",
+    "tests/integration/test_bake.py",
+    "tests/integration/test_interrupt.py",
+    "tests/integration/test_pages.py",
+    "tests/integration/test_report_browser.py",
+)
 
 
 def pytest_report_header() -> str:
