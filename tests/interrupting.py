@@ -119,6 +119,8 @@ class Interrupted:
         before = [tuple(process) for process in signalled["processes"]]
         for process in psutil.process_iter():
             try:
+                if process.status() == psutil.STATUS_ZOMBIE:  # it has ended
+                    continue
                 if _session(process) == self._process.pid or _key(process) in before:
                     left.append(" ".join(process.cmdline()) or process.name())
                     process.kill()

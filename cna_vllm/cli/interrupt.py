@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -29,6 +30,7 @@ from typing import NoReturn
 GRACE = 2.5  # seconds for an orderly end
 _LINGER = 0.5  # seconds for multiprocessing's resource trackers, which free shared memory
 _KILLED = 1.0  # seconds for killed processes to be gone
+_NEWBORN = 2.0  # seconds in which a process that Python starts does nothing yet that is missed
 _REPEAT = 0.5  # seconds in which one Ctrl-C can arrive twice: from the terminal and forwarded
 _LONGEST = 4096  # bytes of a message: a pipe takes them at once
 
@@ -178,8 +180,29 @@ def _watch(child: int, signals: set[signal.Signals], grace: float) -> tuple[int 
         elif first is None:
             first, began = got.si_signo, time.monotonic()
             os.kill(child, signal.SIGTERM)
+            _kill_newborn(child)
         elif time.monotonic() - began > _REPEAT:
             return None, first
+
+
+def _kill_newborn(child: int) -> None:
+    """A process that was being started is not told any more what to do, and would print that in
+    its own way. Twice: one may have begun while the first look was taken."""
+    for pause in (0.02, 0.0):
+        for pid in _descendants(set()) - {child}:
+            if b"--multiprocessing-fork" in _read(f"/proc/{pid}/cmdline") and _age(pid) < _NEWBORN:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(pause)
+
+
+def _age(pid: int) -> float:
+    """Seconds since a process was started; infinite for one that has ended."""
+    stat = _read(f"/proc/{pid}/stat")
+    if not stat:
+        return math.inf
+    ticks = int(stat.rpartition(b")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _children_before() -> set[int]:
@@ -193,7 +216,7 @@ def _children_before() -> set[int]:
 
 def _end_descendants(others: set[int]) -> None:
     """Kills what is left; trackers of shared memory end by themselves when no one uses it."""
-    began = time.monotonic()
+    began, empty = time.monotonic(), 0
     while (passed := time.monotonic() - began) < _LINGER + _KILLED:
         try:
             for _ in _reaped():
@@ -207,7 +230,9 @@ def _end_descendants(others: set[int]) -> None:
                     os.kill(pid, signal.SIGKILL)
                 except (ProcessLookupError, PermissionError):
                     continue
-        if not left:
+        # A look at /proc misses what begins meanwhile, so that one without a process is not enough.
+        empty = 0 if left else empty + 1
+        if empty == 3:
             return
         time.sleep(0.02)
 

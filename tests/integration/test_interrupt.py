@@ -30,6 +30,9 @@ AGAIN = r"; run the same command again to go on"
 KEPT = rf"{LINE}: what is finished is kept in \S+{AGAIN}"
 ROWS = rf"{LINE}: \d+ of \d+ rows are kept in \S+{AGAIN}"
 
+# The signal is on its way while the command goes on: what it interrupts may be the next thing.
+ADVICE = rf"(?:{KEPT}|{ROWS})"
+ALL_DONE = rf"(?:{KEPT}|{ROWS}|{LINE})"
 # In eval, all that is said from when the folder is claimed is how to go on.
 CLAIMED = {"engine process", "configuration", "weights", "memory"}
 START = {
@@ -53,26 +56,26 @@ MOMENTS = {
         "first step": Moment(f"{WORKER}.execute_model", line=ROWS),
         "later step": Moment(f"{WORKER}.execute_model", nth=30, line=ROWS),
         "row": Moment("cna_vllm.batch.partial:PartialFile.append", nth=5, line=ROWS),
-        "writing": Moment(WRITTEN, line=rf"{LINE}: rows are kept in \S+{AGAIN}"),
+        "writing": Moment(WRITTEN, line=rf"{LINE}(?:: rows are kept in \S+{AGAIN})?"),
         "exit": Moment(EXIT),
     },
     "ab": START
     | {
-        "first step": Moment(f"{WORKER}.execute_model", line=ROWS),
-        "later step": Moment(f"{WORKER}.execute_model", nth=30, line=ROWS),
-        "scoring": Moment("cna_vllm.evaluation.ab:evaluate", line=KEPT),
-        "report": Moment("cna_vllm.evaluation.report:write_report", line=KEPT),
+        "first step": Moment(f"{WORKER}.execute_model", line=ADVICE),
+        "later step": Moment(f"{WORKER}.execute_model", nth=30, line=ADVICE),
+        "scoring": Moment("cna_vllm.evaluation.ab:evaluate", line=ADVICE),
+        "report": Moment("cna_vllm.evaluation.report:write_report", line=ALL_DONE),
         "exit": Moment(EXIT),
     },
     "eval": {
-        name: replace(moment, line=KEPT) if name in CLAIMED else moment
+        name: replace(moment, line=ADVICE if name in CLAIMED else ALL_DONE)
         for name, moment in START.items()
     }
     | {
-        "first step": Moment(f"{WORKER}.execute_model", line=KEPT),
-        "part": Moment("cna_vllm.evaluation.paper.run:evaluate", line=KEPT),
-        "row": Moment("cna_vllm.batch.partial:PartialFile.append", nth=2, line=ROWS),
-        "table": Moment("cna_vllm.evaluation.paper.run:table", line=KEPT),
+        "first step": Moment(f"{WORKER}.execute_model", line=ADVICE),
+        "part": Moment("cna_vllm.evaluation.paper.run:evaluate", line=ADVICE),
+        "row": Moment("cna_vllm.batch.partial:PartialFile.append", nth=2, line=ADVICE),
+        "table": Moment("cna_vllm.evaluation.paper.run:table", line=ALL_DONE),
         "exit": Moment(EXIT),
     },
     "serve": START
