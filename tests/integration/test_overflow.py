@@ -62,6 +62,17 @@ def batch(
     ]
 
 
+# vLLM turns asynchronous scheduling off on a CPU, whatever was asked; V2 runs with it there too.
+OVERLAPS = """
+from vllm.platforms.cpu import CpuPlatform
+update = CpuPlatform.check_and_update_config
+def check_and_update_config(cls, config):
+    wanted = config.scheduler_config.async_scheduling
+    update(config)
+    config.scheduler_config.async_scheduling = wanted
+CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+"""
+
 # The last one twice: the second time its blocks must not be found as sound ones.
 HARM = [(1, 1000.0), (2, 1000.0), (3, 1000.0), (1, MILLION), (4, MILLION), (4, MILLION)]
 NEIGHBOURS = (0, 2, 3, 5, 6, 7)
@@ -71,9 +82,9 @@ NEIGHBOURS = (0, 2, 3, 5, 6, 7)
     ("dtype", "cache", "runner", "options"),
     [
         ("float16", False, V1_HERE, {}),
-        ("float16", True, V1_HERE, {"async_scheduling": True}),
+        ("float16", True, V1_HERE, {}),
         ("float16", True, V1_HERE, {"max_num_batched_tokens": 32}),
-        ("bfloat16", False, V1_HERE, {"async_scheduling": True}),
+        ("bfloat16", False, V1_HERE, {}),
         ("bfloat16", True, V1_HERE, {}),
         ("float16", True, V2, {}),
         ("bfloat16", False, V2, {"async_scheduling": True}),
@@ -100,7 +111,7 @@ def test_others_keep_their_bits(
     for circuits, multiplier in harm:
         mixed = batch(prompts, harmful(circuits, multiplier), tokens)
         steps += [{"op": "generate", "requests": mixed}, {"op": "generate", "requests": quiet}]
-    usual, *results = run_engine(config, steps, env=runner)
+    usual, *results = run_engine(config, steps, env=runner, setup=OVERLAPS)
     for output in usual:
         output.pop("cached")
     ended = 0
@@ -122,6 +133,36 @@ def test_others_keep_their_bits(
                 assert beside[i] != usual[i], "steered without an effect"
     assert ended >= 4, "nothing overflowed: this proves nothing"
     assert results[-2] == results[-4]
+
+
+# Requests leave when their first step was scheduled and nothing is known of it yet.
+ABORTS = """
+from vllm import SamplingParams, TokensPrompt
+engine = llm.llm_engine
+core = engine.engine_core.engine_core
+assert core.batch_queue is not None, "one step at a time: this proves nothing"
+for i, request in enumerate({requests!r}):
+    params = SamplingParams(temperature=0.0, detokenize=False, **request["params"])
+    engine.add_request(str(i), TokensPrompt(prompt_token_ids=request["prompt"]), params)
+engine.step()
+in_flight = [r for r in core.scheduler.requests.values() if r.num_in_flight_tokens]
+assert any(r.request_id.split("-")[0] in ("1", "4") for r in in_flight), "nothing is in flight"
+engine.abort_request(["1", "4"])
+while engine.has_unfinished_requests():
+    engine.step()
+"""
+
+
+def test_an_abort_before_the_step_is_known(tiny: Subject, files: Mapping[str, str]) -> None:
+    """Blocks of a step that is in flight are taken for unsound: no report of it is waited for."""
+    options = {"enable_prefix_caching": False, "async_scheduling": True}
+    config = engine(tiny, files, "float16", num_gpu_blocks_override=14, **options)
+    prompts = tiny_models.prompts(8, longest=40)
+    quiet = {"op": "generate", "requests": batch(prompts, None, 4)}
+    mixed = batch(prompts, harmful(1, MILLION), 4)
+    aborts = {"op": "run", "code": ABORTS.format(requests=mixed)}
+    usual, _, after = run_engine(config, [quiet, aborts, quiet], env=V2, setup=OVERLAPS)
+    assert after == usual
 
 
 def test_vectors_overflow_alike(tiny: Subject, files: Mapping[str, str], tmp_path: Path) -> None:
