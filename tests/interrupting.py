@@ -119,10 +119,12 @@ class Interrupted:
         before = [tuple(process) for process in signalled["processes"]]
         for process in psutil.process_iter():
             try:
-                if process.status() == psutil.STATUS_ZOMBIE:  # it has ended
+                if _session(process) != self._process.pid and _key(process) not in before:
                     continue
-                if _session(process) == self._process.pid or _key(process) in before:
-                    left.append(" ".join(process.cmdline()) or process.name())
+                # A zombie has ended; without memory, and so without a command line, no code runs
+                # in a process any more and the kernel is about to make it one.
+                if process.status() != psutil.STATUS_ZOMBIE and process.cmdline():
+                    left.append(" ".join(process.cmdline()))
                     process.kill()
             except psutil.NoSuchProcess:
                 continue
