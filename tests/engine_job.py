@@ -28,6 +28,17 @@ V2: Mapping[str, str] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 
+OVERLAPS = """
+from vllm.platforms.cpu import CpuPlatform
+update = CpuPlatform.check_and_update_config
+def check_and_update_config(cls, config):
+    wanted = config.scheduler_config.async_scheduling
+    update(config)
+    config.scheduler_config.async_scheduling = wanted
+CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+"""
+"""Set-up: vLLM turns asynchronous scheduling off on a CPU, whatever was asked; V2 has it there."""
+
 
 class EngineFailed(AssertionError):
     """The engine's process ended with an error; carries its output."""
@@ -253,7 +264,7 @@ class _Steps:
         """Per group of token-id prompts, the mean recorded activation [layers, width]."""
         from cna_vllm.discovery.prefill import prefill
         from cna_vllm.discovery.record import assemble
-        from cna_vllm.serving.vllm_model import served_model
+        from cna_vllm.serving.seams.model import served_model
 
         requests = [(list(p), name) for name, prompts in groups.items() for p in prompts]
         served = served_model(self.llm.llm_engine.model_config)

@@ -33,10 +33,11 @@ BASE = {
 ALLOWED = {
     "cna_kernels": {"cna_kernels"},
     "base": {"base"},
-    "serving": {"base", "serving", "cna_kernels"},
-    "discovery": {"base", "discovery", "root"},
-    "baselines": {"base", "baselines", "discovery", "root"},
-    "batch": {"base", "batch"},
+    "serving": {"base", "serving", "seams", "cna_kernels"},
+    "seams": {"base", "serving", "seams", "cna_kernels"},
+    "discovery": {"base", "discovery", "root", "seams"},
+    "baselines": {"base", "baselines", "discovery", "root", "seams"},
+    "batch": {"base", "batch", "seams"},
     "evaluation": {
         "base",
         "baselines",
@@ -45,6 +46,7 @@ ALLOWED = {
         "evaluation",
         "reading",
         "root",
+        "seams",
         "serving",
     },
     "reading": {"base", "reading"},
@@ -60,6 +62,7 @@ ALLOWED = {
         "bake",
         "cli",
         "root",
+        "seams",
     },
     "root": {"base"},
 }
@@ -90,6 +93,8 @@ def part_of(module: str) -> str:
         return "root"
     if names[1] == "__main__":
         return "cli"
+    if names[1:3] == ["serving", "seams"]:
+        return "seams"
     return "base" if names[1] in BASE else names[1]
 
 

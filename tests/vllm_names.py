@@ -5,6 +5,7 @@ vLLM's Python has it: without importing either."""
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +13,38 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SEAMS = ROOT / "cna_vllm" / "serving" / "seams"
+
+
+INNER = frozenset(
+    {
+        "cache_config",
+        "compilation_config",
+        "engine_core",
+        "hf_config",
+        "hf_text_config",
+        "input_batch",
+        "input_processor",
+        "kv_cache_config",
+        "kv_cache_manager",
+        "llm_engine",
+        "lora_requests",
+        "model_config",
+        "model_executor",
+        "model_runner",
+        "model_state",
+        "openai_serving_models",
+        "output_processor",
+        "parallel_config",
+        "renderer",
+        "sampling_params",
+        "scheduled_new_reqs",
+        "scheduler_config",
+        "speculative_config",
+        "structured_outputs_config",
+        "vllm_config",
+    }
+)
+"""Attributes of vLLM's objects that it documents nowhere."""
 
 
 @dataclass(frozen=True, order=True)
@@ -29,7 +62,8 @@ class VllmName:
 
     @property
     def where(self) -> str:
-        return f"{self.file.relative_to(ROOT)}:{self.line}"
+        file = self.file.relative_to(ROOT) if ROOT in self.file.parents else self.file
+        return f"{file}:{self.line}"
 
     @property
     def in_seams(self) -> bool:
@@ -54,6 +88,39 @@ def _names(file: Path) -> Iterator[VllmName]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
             for alias in node.names:
                 yield VllmName(str(node.module), alias.name, file, node.lineno)
+
+
+def documented(folder: Path) -> frozenset[str]:
+    """What vLLM's package in ``folder`` exports."""
+    tree = ast.parse((folder / "vllm" / "__init__.py").read_text("utf-8"))
+    exported = next(
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets)
+    )
+    return frozenset(ast.literal_eval(exported))
+
+
+def outside_the_room(file: Path, folder: Path) -> list[str]:
+    """What a file that is no seam takes of vLLM beyond what it documents, a line each.
+
+    Imports, also those inside functions; names of its modules in strings, as they are given to
+    ``import_module``; and attributes under which its objects hold their inner parts.
+    """
+    found = [
+        f"{name.where}: {name.dotted}"
+        for name in vllm_names([file])
+        if name.module != "vllm" or (name.name and name.name not in documented(folder))
+    ]
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Attribute) and node.attr in INNER:
+            found.append(f"{file.name}:{node.lineno}: .{node.attr}")
+        text = node.value if isinstance(node, ast.Constant) else None
+        dotted = isinstance(text, str) and re.fullmatch(r"vllm(\.\w+)+", text)
+        if dotted and _module_file(folder, str(text)):
+            found.append(f"{file.name}:{node.lineno}: {text!r}")
+    return found
 
 
 def has(folder: Path, found: VllmName) -> bool:

@@ -27,6 +27,7 @@ from cna_vllm.discovery.prefill import (
 )
 from cna_vllm.discovery.record import assemble
 from cna_vllm.prompts import PromptLike, prompts_digest
+from cna_vllm.serving.seams.offline import engine_of, gate_of
 from cna_vllm.vectors import FORMS, Form, VectorError, VectorSet, check_residual
 
 if TYPE_CHECKING:
@@ -71,16 +72,16 @@ def discover_vectors(
     import transformers
     import vllm
 
-    config = llm.llm_engine.model_config
+    engine = engine_of(llm)
     return VectorSet(
         form=form,
         # Of a folder only its name, so that no file tells where it was made.
-        model=Path(config.model).resolve().name if Path(config.model).is_dir() else config.model,
-        architecture=config.architectures[0],
+        model=Path(engine.model).resolve().name if Path(engine.model).is_dir() else engine.model,
+        architecture=engine.architecture,
         num_layers=size.num_layers,
-        hidden_size=config.get_hidden_size(),
+        hidden_size=engine.hidden_size,
         vectors={layer: difference[layer] for layer in chosen},
-        dtype=str(config.dtype).removeprefix("torch."),
+        dtype=engine.dtype,
         method={
             "name": "caa",
             "form": form,
@@ -131,7 +132,7 @@ def mean_difference(
     requests = [(ids, POSITIVE) for ids in positive] + [(ids, NEGATIVE) for ids in negative]
     counts = {POSITIVE: len(positive), NEGATIVE: len(negative)}
     reports = prefill(llm, requests, {"what": form})
-    hidden_size = llm.llm_engine.model_config.get_hidden_size()
+    hidden_size = engine_of(llm).hidden_size
     means = assemble(reports, counts, size.num_layers, hidden_size).means
     difference: NDArray[np.float64] = means[POSITIVE] - means[NEGATIVE]
     if not np.isfinite(difference).all():
@@ -144,13 +145,14 @@ def _dimensions(llm: LLM, form: Form) -> Dimensions:
     if form not in FORMS:
         raise VectorError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
     size = Dimensions.of(llm)
-    if llm.llm_engine.input_processor.cna_admission.vectors is None:
+    gate = gate_of(llm)
+    if gate is None or gate.vectors is None:
         raise DiscoveryError(
             "this engine does not record outputs; start it with "
             "additional_config={'cna': {'record': True, 'max_vectors': 1}}"
         )
     if form == "residual":
-        check_residual(llm.llm_engine.model_config.architectures[0])
+        check_residual(engine_of(llm).architecture)
     return size
 
 

@@ -19,6 +19,7 @@ from cna_vllm.batch.plan import Request, digests
 from cna_vllm.batch.sampling import check_requests, check_seeds, one_line, sampling_params
 from cna_vllm.prompts import PromptError
 from cna_vllm.rendering import render
+from cna_vllm.serving.seams.offline import Stream, engine_of
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -114,7 +115,7 @@ class _Rendered:
     """Token ids of prompts, each rendered once, all of them checked when it is built."""
 
     def __init__(self, llm: LLM, requests: Iterable[Request]) -> None:
-        tokenizer, limit = llm.get_tokenizer(), llm.llm_engine.model_config.max_model_len
+        tokenizer, limit = llm.get_tokenizer(), engine_of(llm).max_model_len
         self._ids: dict[tuple[int, bool], list[int]] = {}
         for request in requests:
             key = self._key(request)
@@ -142,33 +143,25 @@ def _finished(
     llm: LLM, requests: Iterator[tuple[int, Request]], prompts: _Rendered
 ) -> Generator[tuple[int, RequestOutput], None, None]:
     """Plan positions and outputs, in the order in which the engine finishes them."""
-    from vllm import TokensPrompt
-    from vllm.exceptions import VLLMClientError
-
-    engine = llm.llm_engine
-    if engine.has_unfinished_requests():
-        raise BatchError("the engine has unfinished requests of others; wait for them first")
-    slots = QUEUED_PER_SLOT * engine.vllm_config.scheduler_config.max_num_seqs
-    running: dict[str, str] = {}
+    try:
+        stream = Stream(llm)
+    except RuntimeError as error:
+        raise BatchError(str(error)) from error
+    slots = QUEUED_PER_SLOT * engine_of(llm).max_num_seqs
     try:
         while True:
-            for position, request in _first(requests, slots - len(running)):
-                prompt = TokensPrompt(prompt_token_ids=prompts[request])
-                (rendered,) = llm.renderer.render_cmpl([prompt])
+            for position, request in _first(requests, slots - len(stream)):
+                params = sampling_params(request.sampling, request.arm)
                 try:
-                    params = sampling_params(request.sampling, request.arm)
-                    running[str(position)] = engine.add_request(str(position), rendered, params)
-                except VLLMClientError as error:
+                    stream.add(str(position), prompts[request], params)
+                except ValueError as error:
                     raise BatchError(f"{request.source}: {one_line(error)}") from error
-            if not running:
+            if not len(stream):
                 return
-            finished = [output for output in engine.step() if output.finished]
-            for output in finished:
-                del running[output.request_id]
-            for output in finished:
+            for output in stream.step():
                 yield int(output.request_id), output
     except (ValueError, OSError, GeneratorExit):  # the engine itself is well: leave it idle
-        engine.abort_request(list(running.values()), internal=True)
+        stream.abort()
         raise
 
 

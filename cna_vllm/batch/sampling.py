@@ -13,6 +13,8 @@ from cna_vllm.batch.plan import Request
 from cna_vllm.circuit import show
 from cna_vllm.prompts import PromptError
 from cna_vllm.request import FIELD_PREFIX
+from cna_vllm.serving.seams.offline import engine_of, make_final_only, refusals, verify
+from cna_vllm.serving.seams.platform import on_cpu
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -43,11 +45,8 @@ def check_seeds(requests: Sequence[Request], llm: LLM) -> None:
     Raises:
         PromptError: with the setting to start the engine with.
     """
-    from vllm.platforms import current_platform
-
     seeded = next((request for request in requests if "seed" in request.sampling), None)
-    chunked = llm.llm_engine.vllm_config.scheduler_config.enable_chunked_prefill
-    if seeded is not None and chunked and current_platform.is_cpu():
+    if seeded is not None and engine_of(llm).chunked_prefill and on_cpu():
         raise PromptError(
             f"{seeded.source}: sampling with a seed on a CPU needs an engine without chunked "
             "prefill: start it with enable_chunked_prefill=False (--no-enable-chunked-prefill)"
@@ -60,19 +59,11 @@ def check_fields(fields: Mapping[str, Any], where: str, llm: LLM | None = None) 
     Raises:
         PromptError: `WHERE: field: reason`.
     """
-    from vllm.exceptions import VLLMClientError
-
     try:
         params = sampling_params(fields)
         if llm is not None:
-            config = llm.llm_engine.vllm_config
-            params.verify(
-                config.model_config,
-                config.speculative_config,
-                config.structured_outputs_config,
-                llm.renderer.tokenizer,
-            )
-    except (ValueError, VLLMClientError) as error:
+            verify(llm, params)
+    except ValueError as error:
         raise PromptError(f"{where}: {one_line(error)}") from error
 
 
@@ -80,10 +71,9 @@ def sampling_params(fields: Mapping[str, Any], arm: Arm | None = None) -> Sampli
     """The parameters of one request, which yields nothing before it is finished.
 
     Raises:
-        ValueError, VLLMValidationError: an unknown field, a wrong type or a wrong value.
+        ValueError: an unknown field, a wrong type or a wrong value.
     """
     from pydantic import ValidationError
-    from vllm.sampling_params import RequestOutputKind
 
     adapter, known = _vllm_fields()
     for name in fields:
@@ -96,13 +86,14 @@ def sampling_params(fields: Mapping[str, Any], arm: Arm | None = None) -> Sampli
                 raise ValueError(f"extra_args: {show(name)} belongs into an arm")
     try:
         # JSON mode: strict about types, but objects may stand for vLLM's own classes.
-        params: SamplingParams = adapter.validate_json(json.dumps(fields), strict=True)
+        with refusals():
+            params: SamplingParams = adapter.validate_json(json.dumps(fields), strict=True)
     except ValidationError as error:
         # Of a union's alternatives, the one that is about a field.
         named = [e for e in error.errors() if len(e["loc"]) > 1] or error.errors()
         field = named[0]["loc"][1] if len(named[0]["loc"]) > 1 else "fields"
         raise ValueError(f"{field}: {named[0]['msg']}") from error
-    params.output_kind = RequestOutputKind.FINAL_ONLY
+    make_final_only(params)
     if arm is not None:
         params.extra_args = {**(params.extra_args or {}), **arm.extra_args()}
     return params

@@ -12,7 +12,7 @@ from cna_vllm.batch.plan import Request
 from cna_vllm.request import CircuitRequest
 
 if TYPE_CHECKING:
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm import EngineArgs
 
 # What of vLLM's flags decides the text of an answer, apart from rounding.
 _ENGINE_IDENTITY = (

@@ -21,6 +21,7 @@ from cna_vllm.prompts import Prompt, read_prompts
 from cna_vllm.reading.profile import strongest
 from cna_vllm.reading.report import neurons_text, profile_text, readings_text
 from cna_vllm.serving.check import Check
+from cna_vllm.serving.seams.offline import engine_of
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -103,7 +104,7 @@ def _promoted(llm: LLM, circuit: Circuit) -> str:
 
     neurons = strongest(circuit, _STRONGEST)
     try:
-        checkpoint = open_checkpoint(llm.llm_engine.model_config.model)
+        checkpoint = open_checkpoint(engine_of(llm).model)
         readings = read_neurons(checkpoint, llm.get_tokenizer(), neurons)
     except CheckpointError as error:
         return f"{neurons_text(neurons)}\npromoted tokens not shown: {error}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cna_vllm import __version__
 from cna_vllm.cli.options import OptionParser, UsageError
 from cna_vllm.serving.check import Check
+from cna_vllm.serving.seams.offline import engine_of
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -88,17 +89,17 @@ def describe(llm: LLM) -> dict[str, Any]:
     from cna_vllm.serving.control import status
 
     workers = status(llm)
-    first, config = workers[0], llm.llm_engine.vllm_config
+    first, engine = workers[0], engine_of(llm)
     hooked = sorted({layer for worker in workers for layer in worker["layers"]})
     return {
-        "model": config.model_config.model,
-        "dtype": str(config.model_config.dtype).removeprefix("torch."),
-        "compiled": not config.model_config.enforce_eager,
+        "model": engine.model,
+        "dtype": engine.dtype,
+        "compiled": not engine.eager,
         "workers": len(workers),
         "runner": first["runner"],
         "device": first["device"],
         "kernel": first["kernel"],
-        "hooked_layers": f"{len(hooked)} of {config.model_config.get_total_num_hidden_layers()}",
+        "hooked_layers": f"{len(hooked)} of {engine.num_layers}",
         "routed_experts": first["routed_experts"],
         "table_bytes": first["table_bytes"],
         "circuits": len(first["circuits"]),

@@ -13,10 +13,11 @@ from cna_vllm.cli.options import UsageError
 from cna_vllm.cli.section import loaded, merge, section_of, with_section
 from cna_vllm.models import resolve_model
 from cna_vllm.serving.config import CONFIG_KEY
+from cna_vllm.serving.seams.command_line import parser_class
+from cna_vllm.serving.seams.platform import on_cpu
 
 if TYPE_CHECKING:
-    from vllm import LLM
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm import LLM, EngineArgs
 
 
 def start_engine(
@@ -65,9 +66,7 @@ def add_section(args: EngineArgs | argparse.Namespace, cna: Mapping[str, Any]) -
 
 def prefill_whole_on_cpu(args: EngineArgs) -> None:
     """For sampling with seeds, unless the user has chosen: see `cna_vllm.batch.sampling`."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() and args.enable_chunked_prefill is None:
+    if on_cpu() and args.enable_chunked_prefill is None:
         args.enable_chunked_prefill = False
 
 
@@ -79,9 +78,8 @@ def launch(args: EngineArgs) -> LLM:
     variable when they do.
     """
     from vllm import LLM
-    from vllm.platforms import current_platform
 
-    if current_platform.is_cpu() and args.enforce_eager:
+    if on_cpu() and args.enforce_eager:
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     llm: LLM = LLM.from_engine_args(args)
     return llm
@@ -98,7 +96,7 @@ def parse_engine_args(
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm import EngineArgs
 
     parser = flag_parser(command)
     parser.add_argument("model_tag", nargs="?", metavar="MODEL")
@@ -142,9 +140,9 @@ def _merging(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def flag_parser(command: str) -> Any:
     """vLLM's `FlexibleArgumentParser`; a mistake raises UsageError."""
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    flexible: Any = parser_class()
 
-    class FlagParser(FlexibleArgumentParser):
+    class FlagParser(flexible):
         def error(self, message: str) -> NoReturn:
             raise UsageError(f"{message}; see cna-vllm {command} --help")
 
@@ -153,9 +151,7 @@ def flag_parser(command: str) -> Any:
 
 def set_cpu_defaults(parser: Any, **more: Any) -> None:
     """On a CPU, what its vLLM needs to start soon and beside other programs."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
+    if on_cpu():
         # Compiling takes minutes on a CPU and gains about a tenth; --no-enforce-eager asks for it.
         # vLLM would claim nine tenths of all memory and not start where that is not free.
         parser.set_defaults(enforce_eager=True, gpu_memory_utilization=0.5, **more)

@@ -17,7 +17,7 @@ from cna_vllm.evaluation.paper.settings import CONTRAST, PARTS, PRESETS, Setting
 from cna_vllm.prompts import read_prompts
 
 if TYPE_CHECKING:
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm import EngineArgs
 
     from cna_vllm.evaluation.paper.harness import Task
 

@@ -18,6 +18,11 @@ from cna_vllm.models import resolve_model
 from cna_vllm.request import SteeringError
 from cna_vllm.serving.adapter import Adapter
 from cna_vllm.serving.config import CONFIG_KEY
+from cna_vllm.serving.seams.command_line import (
+    check_server_args,
+    make_server_arg_parser,
+    serve,
+)
 from cna_vllm.serving.store import RegistryStore
 
 ADAPTERS_FILE = "adapters.json"
@@ -31,11 +36,8 @@ def run(argv: list[str]) -> int:
     add_to(args, section, options.adapter)
     cna = args.additional_config[CONFIG_KEY]
 
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-
-    server = ServeSubcommand()
     try:
-        server.validate(args)
+        check_server_args(args)
     except TypeError as error:  # what vLLM raises for flags that do not go together
         raise UsageError(str(error)) from error
     if (registry_dir := cna.get("registry_dir")) is not None:
@@ -43,7 +45,7 @@ def run(argv: list[str]) -> int:
     os.environ["VLLM_PLUGINS"] = plugins_with_ours(os.environ.get("VLLM_PLUGINS"))
     print(f"cna-vllm: {loaded(cna)}", file=sys.stderr, flush=True)
     try:
-        server.cmd(args)
+        serve(args)
     except KeyboardInterrupt:  # vLLM's word for SIGTERM; what there is to say follows
         raise KeyboardInterrupt from None
     return 0
@@ -149,7 +151,6 @@ def _folder(folder: Path) -> dict[str, Any]:
 def server_args(argv: Sequence[str]) -> argparse.Namespace:
     """vLLM's namespace of a server's flags, with our defaults on a CPU and the model's folder."""
     from cna_vllm.cli.engine_args import flag_parser, keep_sections, set_cpu_defaults
-    from cna_vllm.serving.seams.command_line import make_server_arg_parser
 
     parser = make_server_arg_parser(flag_parser("serve"))
     set_cpu_defaults(parser)

@@ -30,6 +30,7 @@ from cna_vllm.discovery.stability import bootstrap as bootstrapped
 from cna_vllm.discovery.stability import mean_signed_activation, separation
 from cna_vllm.discovery.universal import UniversalRule
 from cna_vllm.prompts import PromptLike, prompts_digest
+from cna_vllm.serving.seams.offline import engine_of
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -189,14 +190,14 @@ def _circuit(
     import transformers
     import vllm
 
-    config = llm.llm_engine.model_config
+    engine = engine_of(llm)
     return Circuit(
-        model=_model_name(config.model),
-        architecture=config.architectures[0],
+        model=_model_name(engine.model),
+        architecture=engine.architecture,
         num_layers=size.num_layers,
         intermediate_size=size.intermediate_size,
         neurons=tuple(neurons),
-        dtype=str(config.dtype).removeprefix("torch."),
+        dtype=engine.dtype,
         method=method,
         prompts={
             "positive": len(sets.positive),

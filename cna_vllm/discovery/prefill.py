@@ -12,6 +12,7 @@ import numpy as np
 from cna_vllm.prompts import Prompt, PromptError, PromptLike, prompts_of
 from cna_vllm.rendering import chat_template_used, render
 from cna_vllm.request import FIELD_RECORD
+from cna_vllm.serving.seams.offline import engine_of, gate_of
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -33,7 +34,7 @@ class Dimensions:
     @classmethod
     def of(cls, llm: LLM) -> Dimensions:
         """Of the model that an engine serves. Raises DiscoveryError when it does not record."""
-        gate = getattr(llm.llm_engine.input_processor, "cna_admission", None)
+        gate = gate_of(llm)
         if gate is None or not gate.config.record:
             raise DiscoveryError(
                 "this engine does not record; start it with "
@@ -73,7 +74,7 @@ def encode(
         raise DiscoveryError("a system prompt needs the chat template; drop it, or raw")
     tokenizer = llm.get_tokenizer()
     # The engine generates one token, whose position must fit too.
-    longest = llm.llm_engine.model_config.max_model_len - 1
+    longest = engine_of(llm).max_model_len - 1
     encoded = []
     for number, prompt in enumerate(as_prompts(prompts, what), start=1):
         name = f"{what} prompt {number}".lstrip()

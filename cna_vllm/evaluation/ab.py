@@ -32,6 +32,7 @@ from cna_vllm.evaluation.metrics import (
 from cna_vllm.evaluation.outcomes import Analysis, Scored, Scores, outcomes
 from cna_vllm.evaluation.result import MetricInfo, Result, Test
 from cna_vllm.request import SteeringError
+from cna_vllm.serving.seams.offline import engine_of
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -132,7 +133,7 @@ def run_ab(
     control = choose_control(arms, control)
     out.mkdir(parents=True, exist_ok=True)
     steering = steering or {}
-    model = str(llm.llm_engine.model_config.model)
+    model = engine_of(llm).model
     whole = batch_identity(model, steering, identity or {})
     rows = plan_rows(arms, prompt_sets, sampling, samples=samples, seed=seed, raw=raw)
     tokenizer = llm.get_tokenizer()

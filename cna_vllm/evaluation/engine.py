@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cna_vllm.evaluation.metrics.base import EngineContext
+from cna_vllm.serving.seams.offline import engine_of
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -17,7 +18,7 @@ def plain_engine(llm: LLM) -> EngineContext:
     def prompt_logprobs(sequences: list[list[int]]) -> list[list[float]]:
         from vllm import SamplingParams, TokensPrompt
 
-        longest = llm.llm_engine.model_config.max_model_len - 1
+        longest = engine_of(llm).max_model_len - 1
         fits = [ids for ids in sequences if len(ids) <= longest]
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
         prompts = [TokensPrompt(prompt_token_ids=ids) for ids in fits]

@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from cna_kernels import DTYPES, EAGER, act_and_mul_scaled, backend, scale_reference
 from cna_kernels.activations import ACCURATE
 from cna_vllm.serving.check import Check
+from cna_vllm.serving.seams.platform import device_name, device_type
 
 DISTRIBUTION = "cna-vllm"
 SUPPORTED = ("0.32", "0.33")
@@ -38,12 +39,10 @@ def versions() -> dict[str, str]:
 
 def device() -> dict[str, str]:
     """Where an engine would run, and the kernel's backend there; needs vLLM."""
-    from vllm.platforms import current_platform
-
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    name = current_platform.get_device_name() if kind == "cuda" else platform.processor()
+    name = device_name() if kind == "cuda" else platform.processor()
     facts = {
-        "device": f"{current_platform.device_type}: {name or platform.machine()}",
+        "device": f"{device_type()}: {name or platform.machine()}",
         "kernel": backend(torch.device(kind)),
     }
     if kind == "cpu":

@@ -52,28 +52,33 @@ class Ledger:
         self._tainted: set[int] = set()
         self._scrub: set[int] = set()
 
-    def begin_step(self, scheduler_output: Any) -> None:
-        """Takes in the requests that a step brings or ends."""
-        for req_id in scheduler_output.finished_req_ids:
-            self._first.pop(req_id, None)
-            self._failed.discard(req_id)
-        for new in scheduler_output.scheduled_new_reqs:
-            params = new.sampling_params
-            resolved = (getattr(params, "extra_args", None) or {}).get(RESOLVED_FIELD)
-            if resolved is not None:
-                steering = Steering.from_field(resolved)
-                self._first[new.req_id] = steering.first_position(new.prompt_len)
+    def begin(self, req_id: str, extra_args: Mapping[str, Any] | None, prompt_len: int) -> None:
+        """Takes in a request that runs its first step."""
+        resolved = (extra_args or {}).get(RESOLVED_FIELD)
+        if resolved is not None:
+            self._first[req_id] = Steering.from_field(resolved).first_position(prompt_len)
+
+    def end(self, req_id: str) -> None:
+        """Forgets a request."""
+        self._first.pop(req_id, None)
+        self._failed.discard(req_id)
 
     def check(
-        self, scheduler_output: Any, report: StepReport | SentReport | None
+        self,
+        scheduled: Mapping[str, int],
+        computed_before: Iterable[tuple[str, int]],
+        report: StepReport | SentReport | None,
     ) -> dict[str, str]:
-        """Request id -> message, for each request that must end with an error."""
+        """Request id -> message, for each request that must end with an error.
+
+        scheduled: request id -> tokens of the step. computed_before: (request id, its tokens
+        computed before the step) of each; read only while a steered request runs.
+        """
         if not self._first:
             return {}
         wrong: dict[str, str] = {}
         rows: Mapping[str, int] = {} if report is None else report.rows()
-        scheduled = scheduler_output.num_scheduled_tokens
-        for req_id, computed in _computed(scheduler_output):
+        for req_id, computed in computed_before:
             first = self._first.get(req_id)
             if first is None or req_id not in scheduled:
                 continue
@@ -120,11 +125,3 @@ class Ledger:
         taken = sorted(self._scrub)
         self._scrub.clear()
         return taken
-
-
-def _computed(scheduler_output: Any) -> Iterable[tuple[str, int]]:
-    """(request id, tokens computed before the step) of every request of a step."""
-    for new in scheduler_output.scheduled_new_reqs:
-        yield new.req_id, new.num_computed_tokens
-    cached = scheduler_output.scheduled_cached_reqs
-    yield from zip(cached.req_ids, cached.num_computed_tokens, strict=True)

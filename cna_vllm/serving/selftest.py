@@ -24,6 +24,7 @@ from cna_vllm.request import FIELD_RECORD, SCOPES, steer
 from cna_vllm.serving.check import Check
 from cna_vllm.serving.control import load_circuit, status, unload_circuit
 from cna_vllm.serving.seams.front_end import admission_of
+from cna_vllm.serving.seams.offline import engine_of
 from cna_vllm.serving.table import CircuitTableError
 
 if TYPE_CHECKING:
@@ -65,10 +66,10 @@ class _SelfTest:
         served = self._gate.registry.served
         self._layers, self._width = served.num_layers, served.intermediate_size
         self._random = random.Random(0)
-        config = llm.llm_engine.model_config
-        self._dtype: torch.dtype = config.dtype
+        self._engine = engine_of(llm)
+        self._dtype: torch.dtype = getattr(torch, self._engine.dtype)
         # Common tokens of every tokenizer: no image or other placeholder among them.
-        self._vocabulary = range(3, min(config.get_vocab_size(), 1000))
+        self._vocabulary = range(3, min(self._engine.vocabulary, 1000))
 
     def run(self) -> list[Check]:
         prompt = self._prompt()
@@ -133,7 +134,7 @@ class _SelfTest:
         moved = sum(a != b for a, b in zip(mixed[1::2], plain[1::2], strict=True))
         expected = sum(COUNTED[scope] + OUTPUT_TOKENS for scope in SCOPES)
         # Drafted tokens are steered too, and how many there are depends on the drafter.
-        exact = self._llm.llm_engine.vllm_config.speculative_config is None
+        exact = not self._engine.drafts
         return [
             _equal("plain requests in a batch with steered ones", mixed[::2], plain[::2]),
             _equal("plain requests before and after", after, plain),

@@ -6,7 +6,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
-from typing import Any
 
 from cna_vllm.circuit import show
 from cna_vllm.request import FIELD_VECTOR, SteeringError
@@ -22,16 +21,6 @@ class ServedStream:
     architecture: str
     num_layers: int
     hidden_size: int
-
-    @classmethod
-    def of(cls, model_config: Any) -> ServedStream:
-        """From vLLM's model configuration."""
-        return cls(
-            model=model_config.served_model_name,
-            architecture=model_config.architectures[0],
-            num_layers=model_config.get_total_num_hidden_layers(),
-            hidden_size=model_config.get_hidden_size(),
-        )
 
 
 class VectorRegistry:

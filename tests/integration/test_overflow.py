@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests import tiny_models
-from tests.engine_job import V1_HERE, V2, run_engine
+from tests.engine_job import OVERLAPS, V1_HERE, V2, run_engine
 from tests.integration.conftest import Subject
 from tests.server import serve
 from tests.vector_files import random_vectors, save_vectors
@@ -61,17 +61,6 @@ def batch(
         for p, f in zip(prompts, asked, strict=True)
     ]
 
-
-# vLLM turns asynchronous scheduling off on a CPU, whatever was asked; V2 runs with it there too.
-OVERLAPS = """
-from vllm.platforms.cpu import CpuPlatform
-update = CpuPlatform.check_and_update_config
-def check_and_update_config(cls, config):
-    wanted = config.scheduler_config.async_scheduling
-    update(config)
-    config.scheduler_config.async_scheduling = wanted
-CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
-"""
 
 # The last one twice: the second time its blocks must not be found as sound ones.
 HARM = [(1, 1000.0), (2, 1000.0), (3, 1000.0), (1, MILLION), (4, MILLION), (4, MILLION)]

@@ -12,6 +12,7 @@ from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
+import torch
 import vllm
 
 from cna_vllm.serving import plugin
@@ -405,15 +406,86 @@ def test_the_plugin_is_found_and_registers_twice_without_harm() -> None:
     assert inspect.getmodule(plugin.register) is plugin
 
 
+def test_offline_seam() -> None:
+    from vllm import LLM, SamplingParams
+    from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
+    from vllm.exceptions import VLLMClientError, VLLMValidationError
+    from vllm.renderers import BaseRenderer
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    built = inspect.getsource(LLM.__init__)
+    assert "self.llm_engine = " in built and "self.renderer = " in built
+    built = inspect.getsource(LLMEngine.__init__)
+    assert "self.vllm_config = " in built and "self.input_processor = " in built
+    assert parameters(LLMEngine.add_request)[:4] == ["self", "request_id", "prompt", "params"]
+    assert "return req_id" in inspect.getsource(LLMEngine.add_request)
+    assert parameters(LLMEngine.abort_request) == ["self", "request_ids", "internal"]
+    assert parameters(BaseRenderer.render_cmpl)[:2] == ["self", "prompts"]
+    configs = ["model_config", "speculative_config", "structured_outputs_config", "tokenizer"]
+    assert parameters(SamplingParams.verify) == ["self", *configs]
+    assert {*configs[:3], "scheduler_config"} <= set(VllmConfig.__dataclass_fields__)
+    scheduler = set(SchedulerConfig.__dataclass_fields__)
+    assert {"max_num_seqs", "enable_chunked_prefill"} <= scheduler
+    read = {"model", "dtype", "max_model_len", "enforce_eager", "served_model_name"}
+    assert read <= set(ModelConfig.__dataclass_fields__)
+    for count in ("get_total_num_hidden_layers", "get_hidden_size", "get_vocab_size"):
+        assert parameters(getattr(ModelConfig, count)) == ["self"]
+    assert isinstance(ModelConfig.architectures, property)
+    assert issubclass(VLLMValidationError, VLLMClientError)
+    assert RequestOutputKind.FINAL_ONLY.name == "FINAL_ONLY"
+
+
+def test_platform_seam() -> None:
+    from cna_vllm.serving.seams.platform import device_name, device_type, on_cpu
+
+    assert on_cpu() == (device_type() == "cpu") and device_name()
+
+
+def test_model_seam() -> None:
+    """Classes by which MLPs are told, and settings under which rows could not be routed."""
+    from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
+    from vllm.lora.layers.base import BaseLayerWithLoRA
+    from vllm.model_executor.layers.activation import GeluAndMul
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
+    from vllm.model_executor.layers.linear import RowParallelLinear
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    for module in (MoERunnerInterface, RowParallelLinear, PPMissingLayer, BaseLayerWithLoRA):
+        assert issubclass(module, torch.nn.Module)
+    assert "self.approximate = approximate" in inspect.getsource(GeluAndMul.__init__)
+    for config, names in (
+        (ParallelConfig, ["use_ubatching", "use_sequence_parallel_moe"]),
+        (ParallelConfig, ["prefill_context_parallel_size"]),
+        (CacheConfig, ["kv_sharing_fast_prefill"]),
+        (SpeculativeConfig, ["enable_adaptive_verification"]),
+        (VllmConfig, ["kv_transfer_config"]),
+        (ModelConfig, ["is_diffusion", "is_encoder_decoder"]),
+    ):
+        for name in names:
+            assert name in config.__dataclass_fields__ or hasattr(config, name)
+    source = inspect.getsource(ModelConfig.__post_init__)
+    assert "self.runner_type = " in source and "self.hf_text_config = " in source
+
+
+def test_served_names_seam() -> None:
+    from vllm.engine.protocol import EngineClient
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+    assert parameters(OpenAIServingModels.is_base_model) == ["self", "model_name"]
+    assert "self.lora_requests" in inspect.getsource(OpenAIServingModels.__init__)
+    held = {**EngineClient.__annotations__}
+    assert {"vllm_config", "input_processor"} <= set(held)
+
+
 def test_command_line_seam() -> None:
     """Every flag of `vllm serve`; what is given to `--additional-config` goes through its type,
     each time that it is given, in whatever form."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from cna_vllm.serving.seams.command_line import make_server_arg_parser
+    from cna_vllm.serving.seams.command_line import make_server_arg_parser, parser_class
 
-    parser = make_server_arg_parser(FlexibleArgumentParser())
+    parser = make_server_arg_parser(parser_class()())
     by_name = {action.dest: action for action in parser._actions}
     assert {"model_tag", "model", "config", "served_model_name", "port"} <= set(by_name)
     seen = []

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from cna_vllm.arms import parse_arm
-from cna_vllm.batch import runner
+from cna_vllm.batch import runner, sampling
 from cna_vllm.batch.partial import BatchError, partial_path
 from cna_vllm.batch.plan import Request, plan
 from cna_vllm.batch.reading import BatchPrompt
@@ -32,9 +32,6 @@ class Engine:
     """Answers a request with a function of its prompt and parameters, in an order of its own."""
 
     def __init__(self, seed: int = 0, interrupt: Callable[[int], None] = lambda steps: None):
-        limits = SimpleNamespace(max_num_seqs=SLOTS, enable_chunked_prefill=False)
-        self.vllm_config = SimpleNamespace(scheduler_config=limits)
-        self.model_config = SimpleNamespace(max_model_len=50)
         self.rng, self.interrupt = random.Random(seed), interrupt
         self.waiting: dict[str, tuple[Any, Any]] = {}
         self.steps, self.most, self.added = 0, 0, []
@@ -84,6 +81,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(autouse=True)
 def no_engine_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in has no model to ask whether sampling fits it."""
+    limits = SimpleNamespace(max_num_seqs=SLOTS, max_model_len=50, chunked_prefill=False)
+    for module in (runner, sampling):
+        monkeypatch.setattr(module, "engine_of", lambda llm: limits)
     monkeypatch.setattr(runner, "check_requests", lambda requests, llm: None)
 
 

@@ -80,12 +80,12 @@ class Engines:
         return AssertionError(method)
 
 
-class Models:
-    def __init__(self) -> None:
-        self.lora_requests: dict[str, Any] = {}
-
-    def is_base_model(self, name: str) -> bool:
+class Names:
+    def is_base(self, name: str) -> bool:
         return name == "base"
+
+    def is_lora(self, name: str) -> bool:
+        return False
 
 
 class Plane(ControlPlane):
@@ -101,7 +101,7 @@ class Plane(ControlPlane):
         vectors = VectorRegistry(ServedStream("m", "A", LAYERS, 6))
         vectors.register("caa", VectorSet("mlp", "m", "A", LAYERS, 6, {0: (1.0,) * 6}))
         self.gate = Admission(config, registry, vectors)
-        super().__init__(self.workers, Models(), self.gate)
+        super().__init__(self.workers, Names(), self.gate)
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import pickle
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,35 +16,10 @@ from cna_vllm.serving.step_report import SentReport, StepReport
 DIGEST = "a" * 64
 
 
-def step(
-    scheduled: dict[str, int],
-    new: dict[str, tuple[int, int, str | None]] | None = None,
-    running: dict[str, int] | None = None,
-    finished: tuple[str, ...] = (),
-) -> Any:
-    """new: id -> prompt length, computed tokens, scope (None: plain); running: id -> computed."""
-
-    def fields(scope: str | None) -> Any:
-        if scope is None:
-            return None
-        return {"cna_resolved": Steering(((DIGEST, 0.0),), scope).to_field()}
-
-    return SimpleNamespace(
-        num_scheduled_tokens=scheduled,
-        finished_req_ids=set(finished),
-        scheduled_new_reqs=[
-            SimpleNamespace(
-                req_id=name,
-                prompt_len=length,
-                num_computed_tokens=computed,
-                sampling_params=SimpleNamespace(extra_args=fields(scope)),
-            )
-            for name, (length, computed, scope) in (new or {}).items()
-        ],
-        scheduled_cached_reqs=SimpleNamespace(
-            req_ids=list(running or {}), num_computed_tokens=list((running or {}).values())
-        ),
-    )
+def fields(scope: str | None) -> dict[str, object] | None:
+    if scope is None:
+        return None
+    return {"cna_resolved": Steering(((DIGEST, 0.0),), scope).to_field()}
 
 
 def report(rows: dict[str, int], overflowed: set[str] = frozenset()) -> SentReport:  # type: ignore[assignment]
@@ -57,39 +30,41 @@ def test_rows_follow_from_positions() -> None:
     """Chunks of a prompt of 10 in every scope, with 4 tokens cached; then one generated token."""
     ledger = Ledger("float16")
     names = {"last": 0, "generated": 0, "all": 3}
-    first = step(
-        {**dict.fromkeys(names, 3), "plain": 10},
-        {**{scope: (10, 4, scope) for scope in names}, "plain": (10, 0, None)},
-    )
-    ledger.begin_step(first)
-    assert ledger.check(first, report({"all": 3})) == {}
-    assert set(ledger.check(first, report({"all": 2, "last": 1}))) == {"all", "last"}
-    second = step(dict.fromkeys(names, 3), running=dict.fromkeys(names, 7))
-    assert ledger.check(second, report({"all": 3, "last": 1})) == {}
-    third = step(dict.fromkeys(names, 1), running=dict.fromkeys(names, 10))
-    assert ledger.check(third, report(dict.fromkeys(names, 1))) == {}
-    (told,) = {m.split(";")[0] for m in ledger.check(third, None).values()}
+    for scope in names:
+        ledger.begin(scope, fields(scope), 10)
+    ledger.begin("plain", None, 10)
+    scheduled = {**dict.fromkeys(names, 3), "plain": 10}
+    computed = {**dict.fromkeys(names, 4), "plain": 0}.items()
+    assert ledger.check(scheduled, computed, report({"all": 3})) == {}
+    wrong = ledger.check(scheduled, computed, report({"all": 2, "last": 1}))
+    assert set(wrong) == {"all", "last"}
+    scheduled, computed = dict.fromkeys(names, 3), dict.fromkeys(names, 7).items()
+    assert ledger.check(scheduled, computed, report({"all": 3, "last": 1})) == {}
+    scheduled, computed = dict.fromkeys(names, 1), dict.fromkeys(names, 10).items()
+    assert ledger.check(scheduled, computed, report(dict.fromkeys(names, 1))) == {}
+    (told,) = {m.split(";")[0] for m in ledger.check(scheduled, computed, None).values()}
     assert "steered 0 token rows of a step in place of 1" in told
 
 
 def test_requests_that_ended_are_forgotten() -> None:
     ledger = Ledger("float16")
-    ledger.begin_step(step({"a": 3}, {"a": (3, 0, "all")}))
-    assert ledger.check(step({"a": 1}, running={"a": 3}), None)
-    ledger.begin_step(step({}, finished=("a",)))
-    assert ledger.check(step({"a": 1}, running={"a": 3}), report({"a": 9}, {"a"})) == {}
+    ledger.begin("a", fields("all"), 3)
+    assert ledger.check({"a": 1}, [("a", 3)], None)
+    ledger.end("a")
+    assert ledger.check({"a": 1}, [("a", 3)], report({"a": 9}, {"a"})) == {}
     assert ledger.unsound_from("a", 4, 4) is None
 
 
 def test_what_is_unsound() -> None:
     """All from the first steered position on after an overflow; else what no report covers yet."""
     ledger = Ledger("bfloat16")
-    ledger.begin_step(step({"a": 8}, {"a": (8, 0, "last"), "b": (8, 0, None)}))
+    ledger.begin("a", fields("last"), 8)
+    ledger.begin("b", None, 8)
     assert ledger.unsound_from("a", 20, 0) is None
     assert ledger.unsound_from("a", 20, 3) == 17
     assert ledger.unsound_from("a", 8, 8) == 7
     assert ledger.unsound_from("b", 20, 20) is None
-    (message,) = ledger.check(step({"a": 1}, running={"a": 8}), report({"a": 1}, {"a"})).values()
+    (message,) = ledger.check({"a": 1}, [("a", 8)], report({"a": 1}, {"a"})).values()
     assert message.startswith("cna_multiplier: the steered activations left the range of bfloat16")
     assert ledger.unsound_from("a", 20, 0) == 7
 

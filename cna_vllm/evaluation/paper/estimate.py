@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from cna_vllm.evaluation.paper.settings import CAA_SIGNS, Settings
 from cna_vllm.prompts import Prompt
 from cna_vllm.rendering import render
+from cna_vllm.serving.seams.offline import engine_of
+from cna_vllm.serving.seams.platform import on_cpu
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -86,12 +88,12 @@ def loads(settings: Settings, tokenizer: Any, questions: Sequence[str] = ()) -> 
 def measure_speed(llm: LLM) -> Speed:
     """Two short batches of random tokens, plain, on the engine that will run the evaluation."""
     from vllm import SamplingParams, TokensPrompt
-    from vllm.platforms import current_platform
 
-    slots = llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
-    count = min(_PROBE_REQUESTS_ON_CPU, slots) if current_platform.is_cpu() else slots
-    size = min(_PROBE_LENGTH, llm.llm_engine.model_config.max_model_len // 2)
-    vocabulary = llm.llm_engine.model_config.get_vocab_size()
+    engine = engine_of(llm)
+    slots = engine.max_num_seqs
+    count = min(_PROBE_REQUESTS_ON_CPU, slots) if on_cpu() else slots
+    size = min(_PROBE_LENGTH, engine.max_model_len // 2)
+    vocabulary = engine.vocabulary
 
     def run(first: int, new: int, requests: int = count) -> float:
         prompts = [

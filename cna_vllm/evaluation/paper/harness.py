@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 
 from cna_vllm.arms import Arm
 from cna_vllm.evaluation.paper.datasets import quiet_hub
+from cna_vllm.serving.seams.offline import engine_of
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -70,7 +71,7 @@ class ArmLM(TemplateLM):
         """
         from vllm import SamplingParams, TokensPrompt
 
-        longest = self.llm.llm_engine.model_config.max_model_len - 1
+        longest = engine_of(self.llm).max_model_len - 1
         sequences = [
             ([*context, *continuation][-longest:], len(continuation))
             for _, context, continuation in requests

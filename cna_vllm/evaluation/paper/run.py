@@ -20,10 +20,11 @@ from cna_vllm.evaluation.paper.settings import PARTS, TOP, EvalError, Settings
 from cna_vllm.evaluation.paper.study import BASE_FILE, Study
 from cna_vllm.files import write_atomic
 from cna_vllm.models import resolve_model
+from cna_vllm.serving.seams.offline import engine_of
 from cna_vllm.vectors import VectorError, check_residual
 
 if TYPE_CHECKING:
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm import EngineArgs
 
 FORMAT, VERSION = "cna-eval", 1
 RESULT_FILE = "eval.json"
@@ -64,7 +65,7 @@ def evaluate(study: Study, *, say: Callable[[str], None]) -> str:
         _check_base(study)
     if "caa" in settings.parts:
         try:
-            check_residual(study.llm.llm_engine.model_config.architectures[0])
+            check_residual(engine_of(study.llm).architecture)
         except VectorError as error:
             raise EvalError(f"--parts caa: {error}; leave caa out") from error
     path = study.folder / RESULT_FILE

@@ -25,6 +25,7 @@ from cna_vllm.evaluation.report import write_report
 from cna_vllm.evaluation.result import Result, load
 from cna_vllm.files import write_atomic
 from cna_vllm.prompts import Prompt
+from cna_vllm.serving.seams.offline import engine_of
 from cna_vllm.vectors import Form, VectorSet
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ class Study:
         sets = [PromptSet(tag, found, tag) for tag, found in prompts.items()]
         steering = self._steering(arms)
         rows = plan_rows(arms, sets, self.sampling, samples=1, seed=seed, raw=False)
-        model = str(self.llm.llm_engine.model_config.model)
+        model = engine_of(self.llm).model
         if answered(out, rows, batch_identity(model, steering, self.engine)) is not None:
             _, scored, _, _ = load(out / RESULT)
             if [metric.spec for metric in scored] == list(metrics):
@@ -205,8 +206,7 @@ class Study:
     @property
     def num_layers(self) -> int:
         """Decoder layers of the model."""
-        config = self.llm.llm_engine.model_config
-        return int(config.hf_text_config.num_hidden_layers)
+        return engine_of(self.llm).num_layers
 
     def base_circuit(self) -> Circuit | None:
         """The base model's, where it was found before this engine started."""

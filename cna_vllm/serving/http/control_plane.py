@@ -28,6 +28,7 @@ from cna_vllm.serving.config import CnaConfigError
 from cna_vllm.serving.metrics import control_metrics
 from cna_vllm.serving.registry import Names
 from cna_vllm.serving.seams.engines import call_every_engine
+from cna_vllm.serving.seams.served_names import ServedNames
 from cna_vllm.serving.store import StoreError
 
 logger = logging.getLogger("vllm.cna")
@@ -52,13 +53,12 @@ class ControlError(Exception):
 class ControlPlane:
     """The circuits and adapters of one API server process.
 
-    engine_client: vLLM's, for calls of its engines. models: vLLM's ``OpenAIServingModels``, for
-    the names of models and LoRA adapters.
+    engine_client: vLLM's, for calls of its engines.
     """
 
-    def __init__(self, engine_client: Any, models: Any, gate: Admission) -> None:
+    def __init__(self, engine_client: Any, names: ServedNames, gate: Admission) -> None:
         self._engine = engine_client
-        self._models = models
+        self._others = names
         self._gate = gate
         self._registry = gate.registry
         self._turn = asyncio.Lock()
@@ -110,7 +110,7 @@ class ControlPlane:
                 )
             loaded = _told("adapter_name", lambda: Adapter.from_dict(adapter))
             _told("adapter_name", lambda: self._gate.admit(loaded.fields))
-            if loaded.lora is not None and loaded.lora not in self._models.lora_requests:
+            if loaded.lora is not None and not self._others.is_lora(loaded.lora):
                 raise ControlError("lora", f"no LoRA adapter is named {show(loaded.lora)}", 404)
             self._registry.register_adapter(name, loaded)
             await self._persist()
@@ -206,7 +206,7 @@ class ControlPlane:
         field = "adapter_name" if adapter else "circuit_name"
         self._check_pinned(name, field)
         _told(field, lambda: self._gate.check_free(name, "adapter" if adapter else "circuit"))
-        if self._models.is_base_model(name) or name in self._models.lora_requests:
+        if self._others.is_base(name) or self._others.is_lora(name):
             raise ControlError(field, f"{show(name)} is the name of a model or of a LoRA adapter")
 
     def _check_pinned(self, name: str, field: str) -> None:

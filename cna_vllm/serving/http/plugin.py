@@ -42,23 +42,27 @@ class CnaEndpoints:
         """
         from cna_vllm.serving.config import CnaConfigError
         from cna_vllm.serving.http.control_plane import ControlPlane
+        from cna_vllm.serving.seams.served_names import (
+            ServedNames,
+            api_process,
+            gate_of_client,
+        )
 
-        gate = getattr(engine_client.input_processor, "cna_admission", None)
+        gate = gate_of_client(engine_client)
         state.cna_control = None
         if gate is None:
             return
-        parallel = engine_client.vllm_config.parallel_config
-        servers = parallel._api_process_count
+        rank, servers = api_process(engine_client)
         if servers > 1 and gate.config.circuit_dir and gate.config.registry_dir is None:
             raise CnaConfigError(
                 f"{servers} API server processes that load circuits need cna.registry_dir, a "
                 "folder that they share"
             )
-        control = ControlPlane(engine_client, state.openai_serving_models, gate)
+        control = ControlPlane(engine_client, ServedNames(state), gate)
         await control.reconcile()
         state.cna_control = control
         # /metrics adds up the counters of all API servers, and the workers' are the same for each.
-        if parallel._api_process_rank <= 0:
+        if rank <= 0:
             # Kept by the state: a task that nothing refers to may vanish.
             state.cna_status_task = asyncio.create_task(read_counters(engine_client, control, gate))
 

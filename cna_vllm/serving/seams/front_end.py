@@ -14,9 +14,10 @@ from cna_vllm.serving.metrics import admit_counted
 from cna_vllm.serving.registry import CircuitRegistry
 from cna_vllm.serving.seams import api_server
 from cna_vllm.serving.seams.engines import refuse_partial_control
+from cna_vllm.serving.seams.model import refuse_unsupported, served_model, served_stream
+from cna_vllm.serving.seams.offline import gate_of
 from cna_vllm.serving.seams.wrapping import wrap
-from cna_vllm.serving.vector_registry import ServedStream, VectorRegistry
-from cna_vllm.serving.vllm_model import refuse_unsupported, served_model
+from cna_vllm.serving.vector_registry import VectorRegistry
 
 ADMISSION_ATTRIBUTE = "cna_admission"
 
@@ -42,7 +43,7 @@ def _front_end_init(original: Callable[..., None]) -> Callable[..., None]:
         registry = CircuitRegistry.from_config(config, served_model(vllm_config.model_config))
         vectors = None
         if config.max_vectors:
-            vectors = VectorRegistry.from_config(config, ServedStream.of(vllm_config.model_config))
+            vectors = VectorRegistry.from_config(config, served_stream(vllm_config.model_config))
         self.cna_admission = admission.Admission(config, registry, vectors)
         # Workers read the same files a little later: they refuse any other content.
         section = dict(vllm_config.additional_config[CONFIG_KEY])
@@ -98,7 +99,7 @@ def _assign_request_id(original: Callable[[Any], None]) -> Callable[[Any], None]
 
 def admission_of(llm: Any) -> admission.Admission:
     """The admission gate of an offline ``LLM``. Raises CnaConfigError if it has none."""
-    gate = getattr(llm.llm_engine.input_processor, ADMISSION_ATTRIBUTE, None)
+    gate = gate_of(llm)
     if gate is None:
         raise CnaConfigError(
             "this LLM was started without a cna key; pass additional_config={'cna': {}}"

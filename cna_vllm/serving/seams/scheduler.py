@@ -4,7 +4,7 @@ are. Without a ``cna`` key each costs one look at an attribute."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from cna_vllm.serving.config import CnaConfig
@@ -40,7 +40,11 @@ def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
     def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
         if self.cna_ledger is not None:
-            self.cna_ledger.begin_step(output)
+            for req_id in output.finished_req_ids:
+                self.cna_ledger.end(req_id)
+            for new in output.scheduled_new_reqs:
+                extra_args = getattr(new.sampling_params, "extra_args", None)
+                self.cna_ledger.begin(new.req_id, extra_args, new.prompt_len)
             if scrub := self.cna_ledger.take_scrub():
                 setattr(output, SCRUB_ATTRIBUTE, scrub)
         return output
@@ -54,7 +58,8 @@ def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
         if ledger is None:
             return original(self, scheduler_output, model_runner_output)
         report = getattr(model_runner_output, REPORT_ATTRIBUTE, None)
-        wrong = ledger.check(scheduler_output, report)
+        scheduled = scheduler_output.num_scheduled_tokens
+        wrong = ledger.check(scheduled, _computed(scheduler_output), report)
         # Before the step's tokens are taken in: to what follows these requests are aborted ones.
         ended = _end(self, wrong) if wrong else []
         outputs = original(self, scheduler_output, model_runner_output)
@@ -63,6 +68,14 @@ def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
         return outputs
 
     return update_from_output
+
+
+def _computed(scheduler_output: Any) -> Iterator[tuple[str, int]]:
+    """(request id, tokens computed before the step) of every request of a step."""
+    for new in scheduler_output.scheduled_new_reqs:
+        yield new.req_id, new.num_computed_tokens
+    cached = scheduler_output.scheduled_cached_reqs
+    yield from zip(cached.req_ids, cached.num_computed_tokens, strict=True)
 
 
 def _end(scheduler: Any, wrong: dict[str, str]) -> list[tuple[int, Any]]:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from cna_vllm.serving.attach import attach
 from cna_vllm.serving.config import CnaConfig
 from cna_vllm.serving.runtime import SteeringRuntime
+from cna_vllm.serving.seams.attach import attach
 from cna_vllm.serving.seams.kv_blocks import zero_blocks
+from cna_vllm.serving.seams.model import refuse_unsupported
 from cna_vllm.serving.seams.scheduler import REPORT_ATTRIBUTE, SCRUB_ATTRIBUTE
 from cna_vllm.serving.seams.wrapping import wrap
-from cna_vllm.serving.vllm_model import refuse_unsupported
 from cna_vllm.serving.worker_rpc import RPC_METHODS
 
 RUNTIME_ATTRIBUTE = "cna_runtime"

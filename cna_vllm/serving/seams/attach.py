@@ -11,8 +11,8 @@ from torch import nn
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.registry import CircuitRegistry
 from cna_vllm.serving.runtime import SteeringRuntime
-from cna_vllm.serving.vector_registry import ServedStream, VectorRegistry
-from cna_vllm.serving.vllm_model import gated_mlps, served_model
+from cna_vllm.serving.seams.model import gated_mlps, served_model, served_stream
+from cna_vllm.serving.vector_registry import VectorRegistry
 from cna_vllm.vectors import RESIDUAL_ARCHITECTURES
 
 
@@ -43,7 +43,7 @@ def attach(vllm_config: Any, model: nn.Module, device: torch.device) -> Steering
         runtime.load(circuit)
     if config.max_vectors:
         for vectors in (
-            VectorRegistry.from_config(config, ServedStream.of(model_config)).vectors().values()
+            VectorRegistry.from_config(config, served_stream(model_config)).vectors().values()
         ):
             runtime.load_vectors(vectors)
     return runtime

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading vLLM's configuration and model classes: what is served, and where its neurons are."""
+"""Seam of vLLM's configuration and model classes: what is served, and where its neurons are."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cna_vllm.serving.gated_mlp import (
     find_gated_mlps,
 )
 from cna_vllm.serving.registry import ServedModel
+from cna_vllm.serving.vector_registry import ServedStream
 
 
 def served_model(model_config: Any) -> ServedModel:
@@ -34,6 +35,16 @@ def served_model(model_config: Any) -> ServedModel:
         architecture=model_config.architectures[0],
         num_layers=model_config.get_total_num_hidden_layers(),
         intermediate_size=width,
+    )
+
+
+def served_stream(model_config: Any) -> ServedStream:
+    """What vectors must fit, from vLLM's model configuration."""
+    return ServedStream(
+        model=model_config.served_model_name,
+        architecture=model_config.architectures[0],
+        num_layers=model_config.get_total_num_hidden_layers(),
+        hidden_size=model_config.get_hidden_size(),
     )
 
 
