@@ -61,11 +61,11 @@ def _seams(trace: str) -> str:
     lines = "\n".join(line for line in trace.splitlines() if not line.startswith("E "))
     words = set(re.findall(r"\b(?:[A-Z][A-Za-z]{4,}|_?[a-z]+(?:_[a-z0-9]+)+)\b", lines))
     words -= {"test_seams", "cna_vllm", "__init__"}
-    users = [
-        file.name
-        for file in sorted(SEAMS.glob("*.py"))
-        if len(words & set(re.findall(r"\w+", file.read_text("utf-8")))) > 1
-    ]
+    gone = set(re.findall(r"has no attribute '(\w+)'", trace))
+    files = SEAMS.glob("*.py")
+    used = {file.name: set(re.findall(r"\w+", file.read_text("utf-8"))) for file in files}
+    users = sorted(n for n, names in used.items() if gone & names)
+    users = users or sorted(n for n, names in used.items() if len(words & names) > 1)
     return f"\n    seams: {', '.join(users)}" if users else ""
 
 
