@@ -42,7 +42,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = CircuitTable(range(32), 0, 14336, 8, device)
     circuit = Circuit("m", "A", 32, 14336, (Neuron(0, 0),))
-    table.load(circuit)
+    table.load(circuit.packed())
     state = SteeringState(table, count, 8192, 4)
     ids = [f"request-{i}" for i in range(count)]
     steering = Steering(((circuit.digest, 0.0),))

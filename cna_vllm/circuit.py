@@ -8,6 +8,7 @@ import json
 import math
 import os
 import reprlib
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from cna_vllm.files import write_atomic
+from cna_vllm.packed import Packed
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_LAYERS = 2**16
@@ -118,6 +120,12 @@ class Circuit:
         ]
         canonical = json.dumps(content, ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+    def packed(self) -> Packed:
+        """What workers get of it."""
+        layers = array("i", (neuron.layer for neuron in self.neurons))
+        indices = array("i", (neuron.index for neuron in self.neurons))
+        return Packed("circuit", self.digest, layers.tobytes(), indices.tobytes())
 
     def by_layer(self) -> dict[int, tuple[int, ...]]:
         """Layer -> ascending neuron indices, for the layers that have any, in ascending order."""

@@ -212,7 +212,7 @@ VECTORS = Kind(
     FIELD_VECTOR,
     FIELD_COEFFICIENT,
     "load_vectors",
-    "cna_vllm.serving.vector_control",
+    "cna_vllm.serving.control",
 )
 
 

@@ -28,6 +28,7 @@ from cna_vllm.circuit import (
 )
 from cna_vllm.circuit_file import parse_json
 from cna_vllm.files import write_atomic
+from cna_vllm.packed import Packed
 
 Form = Literal["mlp", "residual"]
 FORMS: tuple[Form, ...] = ("mlp", "residual")
@@ -122,6 +123,12 @@ class VectorSet:
         for vector in self.vectors.values():
             content.update(vector.astype("<f4").tobytes())
         return content.hexdigest()
+
+    def packed(self) -> Packed:
+        """What workers get of it."""
+        layers = np.array([*self.vectors], dtype=np.int32)
+        values = np.stack([*self.vectors.values()])
+        return Packed("vector", self.digest, layers.tobytes(), values.tobytes())
 
     def summary(self) -> str:
         """A few lines for people: model, form, layers, norms, origin, digest, notes."""

@@ -200,7 +200,7 @@ class _Steps:
         unload_circuit(self.llm, name)
 
     def load_vectors(self, name: str, path: str) -> str:
-        from cna_vllm.serving.vector_control import list_vectors, load_vectors
+        from cna_vllm.serving.control import list_vectors, load_vectors
 
         digest = load_vectors(self.llm, name, path).digest
         assert list_vectors(self.llm)[name].digest == digest

@@ -146,7 +146,7 @@ def _dimensions(llm: LLM, form: Form) -> Dimensions:
         raise VectorError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
     size = Dimensions.of(llm)
     gate = gate_of(llm)
-    if gate is None or gate.vectors is None:
+    if gate is None or not gate.config.max_vectors:
         raise DiscoveryError(
             "this engine does not record outputs; start it with "
             "additional_config={'cna': {'record': True, 'max_vectors': 1}}"

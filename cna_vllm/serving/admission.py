@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
-from cna_vllm.circuit import shared_neurons, show
+from cna_vllm.circuit import shared_neurons
 from cna_vllm.misplaced import first_sign, holds_letters
 from cna_vllm.request import (
     FIELD_CIRCUIT,
@@ -21,10 +22,9 @@ from cna_vllm.request import (
 )
 from cna_vllm.request_fields import CIRCUITS
 from cna_vllm.serving.adapter import Adapter
-from cna_vllm.serving.config import CnaConfig, CnaConfigError
-from cna_vllm.serving.registry import CircuitRegistry
+from cna_vllm.serving.config import CnaConfig
+from cna_vllm.serving.registry import Registry
 from cna_vllm.serving.seal import Seal, deployment_secret
-from cna_vllm.serving.vector_registry import VectorRegistry
 
 logger = logging.getLogger("vllm.cna")
 
@@ -80,46 +80,22 @@ def admit_or_refuse(
 class Admission:
     """Validates steering fields against one engine's configuration and registry.
 
-    Raises SteeringError when a registered adapter could not be admitted, and CnaConfigError when
-    one name stands for two things.
+    Raises SteeringError when a registered adapter could not be admitted.
     """
 
-    def __init__(
-        self,
-        config: CnaConfig,
-        registry: CircuitRegistry,
-        vectors: VectorRegistry | None = None,
-    ) -> None:
-        """vectors: None for an engine that adds none; requests for them are refused then."""
+    def __init__(self, config: CnaConfig, registry: Registry) -> None:
         self.config = config
         self.registry = registry
-        self.vectors = vectors
         self._seal = Seal(deployment_secret())
-        for name in () if vectors is None else vectors.vectors():
-            self.check_free(name, "vector")
         for name, adapter in registry.names().adapters.items():
             self.admit(adapter.fields)
             self.warn_shared(name, adapter)
-
-    def check_free(self, name: str, kind: Literal["circuit", "adapter", "vector"]) -> None:
-        """Raises CnaConfigError if ``name`` may not stand for a ``kind``; one that stands for
-        another of that kind is free."""
-        if kind == "vector":
-            names = self.registry.names()
-            if name in names.circuits or name in names.adapters:
-                raise CnaConfigError(
-                    f"the name {show(name)} is that of a circuit or adapter; choose another"
-                )
-            return
-        self.registry.check_free(name, adapter=kind == "adapter")
-        if self.vectors is not None and name in self.vectors.vectors():
-            raise CnaConfigError(f"the name {show(name)} is that of a vector; choose another")
 
     def warn_shared(self, name: str, adapter: Adapter) -> None:
         """Logs a warning where an adapter's circuits share neurons, which get the product of the
         multipliers: seldom what was meant."""
         named = CIRCUITS.pairs(adapter.fields)
-        circuits = self.registry.circuits()
+        circuits = self.registry.names().circuits
         together = [one for one, multiplier in named if multiplier != 1]
         shared = shared_neurons(circuits[one] for one in together if one in circuits)
         if shared:
@@ -130,13 +106,6 @@ class Admission:
                 shared,
                 ", ".join(together),
             )
-
-    def names_by_digest(self) -> dict[str, str]:
-        """Content digest -> a name that stands for it now, of circuits and vectors."""
-        names = {circuit.digest: name for name, circuit in self.registry.circuits().items()}
-        if self.vectors is not None:
-            names |= {vectors.digest: name for name, vectors in self.vectors.vectors().items()}
-        return names
 
     def admit(
         self, extra_args: Mapping[str, Any] | None, *, resumable: bool = False
@@ -173,8 +142,9 @@ class Admission:
             max_vectors=self.config.max_vectors_per_request,
         )
         if request is not None:
-            vector_digest = None if self.vectors is None else self.vectors.digest
-            steering = resolve(request, self.registry.digest, vector_digest)
+            digest = self.registry.digest
+            vector = partial(digest, "vector") if self.config.max_vectors else None
+            steering = resolve(request, partial(digest, "circuit"), vector)
             if steering is not None:
                 others[RESOLVED_FIELD] = self._seal.sealed(steering)
         return others

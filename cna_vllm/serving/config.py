@@ -23,7 +23,7 @@ class CnaConfigError(ValueError):
 class CnaConfig:
     """What one engine may steer.
 
-    circuits: name -> path of a circuit file, loaded by the front end and by every worker.
+    circuits: name -> path of a circuit file, read by the front end only.
     max_circuits: rows of the resident table; memory is rows * layers * intermediate_size / 8
         bytes over all ranks.
     max_circuits_per_request: how many circuits one request may combine.
@@ -39,8 +39,6 @@ class CnaConfig:
     registry_dir: folder that keeps what was loaded at run time, across restarts and for all API
         server processes.
     max_neurons, max_file_bytes: limits of a circuit that is loaded over HTTP.
-    digests, vector_digests: name -> content digest seen by the front end; workers refuse other
-        content.
     """
 
     circuits: Mapping[str, str] = field(default_factory=dict)
@@ -56,8 +54,6 @@ class CnaConfig:
     registry_dir: str | None = None
     max_neurons: int = 1_000_000
     max_file_bytes: int = 16 * 2**20
-    digests: Mapping[str, str] = field(default_factory=dict)
-    vector_digests: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> CnaConfig | None:
@@ -78,7 +74,7 @@ class CnaConfig:
             if key not in known:
                 raise CnaConfigError(
                     f"additional_config['{CONFIG_KEY}'] has the unknown key {key!r}; "
-                    f"known keys: {', '.join(sorted(known - _OWN))}"
+                    f"known keys: {', '.join(sorted(known))}"
                 )
         paths = {kind: _paths(kind, section.get(kind, {})) for kind in ("circuits", "vectors")}
         config = cls(**{**section, **paths})
@@ -89,9 +85,6 @@ class CnaConfig:
         limit = config.max_multiplier
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= 1e6:
             raise CnaConfigError("cna.max_multiplier must be a number above 0 and up to 1e6")
-        for name in sorted(_OWN):
-            if not isinstance(getattr(config, name), Mapping):
-                raise CnaConfigError(f"cna.{name} is set by the engine itself; remove it")
         if not isinstance(config.adapters, Mapping):
             raise CnaConfigError("cna.adapters must map names to objects")
         for name in config.adapters:
@@ -120,7 +113,6 @@ class CnaConfig:
         return config
 
 
-_OWN = frozenset({"digests", "vector_digests"})
 _LEAST = {
     "max_circuits": 1,
     "max_circuits_per_request": 1,

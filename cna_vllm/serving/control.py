@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run-time control of an offline ``LLM``: load, unload and inspect circuits between requests."""
+"""Run-time control of an offline ``LLM``: load, unload and inspect circuits and vectors between
+requests."""
 
 from __future__ import annotations
 
@@ -7,8 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cna_vllm.circuit import Circuit
+from cna_vllm.packed import KindName
+from cna_vllm.serving.config import CnaConfigError
+from cna_vllm.serving.registry import Content, kind_of
 from cna_vllm.serving.seams.front_end import admission_of
 from cna_vllm.serving.table import CircuitTableError
+from cna_vllm.vectors import VectorSet
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -21,31 +26,46 @@ def load_circuit(llm: LLM, name: str, circuit: Circuit | str | Path) -> Circuit:
     prefix-cache block of the old content can be hit. The new content needs a row of its own
     (``max_circuits``) before the old one's is given back. Raises CircuitError when the circuit is
     malformed or of another model, and CnaConfigError when the name is that of an adapter or of a
-    vector, before any worker sees it.
+    vector, before any worker sees it; CircuitTableError when no row is free.
     """
-    gate = admission_of(llm)
-    registry = gate.registry
-    loaded = circuit if isinstance(circuit, Circuit) else registry.load(circuit)
-    gate.check_free(name, "circuit")
-    registry.check(loaded)
-    previous = registry.circuits().get(name)
-    for report in llm.collective_rpc("cna_load", args=(loaded.to_dict(),)):
-        if report["refused"]:
-            raise CircuitTableError(report["refused"])
-    registry.register(name, loaded)
-    if previous is not None and previous.digest != loaded.digest:
-        _retire(llm, previous)
-    return loaded
+    if not isinstance(circuit, Circuit):
+        circuit = admission_of(llm).registry.served.circuit(circuit)
+    _load(llm, name, circuit)
+    return circuit
+
+
+def load_vectors(llm: LLM, name: str, vectors: VectorSet | str | Path) -> VectorSet:
+    """``load_circuit`` of a set of vectors (or a file of one); a row is one of ``max_vectors``.
+
+    Raises VectorError in place of CircuitError; CnaConfigError also when the engine was started
+    without ``cna.max_vectors``.
+    """
+    if not isinstance(vectors, VectorSet):
+        vectors = VectorSet.load(vectors)
+    _require_vectors(llm)
+    _load(llm, name, vectors)
+    return vectors
 
 
 def unload_circuit(llm: LLM, name: str) -> None:
     """Forgets ``name``; later requests for it are refused. Raises SteeringError if unknown."""
-    _retire(llm, admission_of(llm).registry.unregister(name))
+    _unload(llm, "circuit", name)
+
+
+def unload_vectors(llm: LLM, name: str) -> None:
+    """``unload_circuit`` of a set of vectors."""
+    _unload(llm, "vector", name)
 
 
 def list_circuits(llm: LLM) -> dict[str, Circuit]:
     """Name -> circuit, as requests would resolve them now."""
-    return admission_of(llm).registry.circuits()
+    return admission_of(llm).registry.names().circuits
+
+
+def list_vectors(llm: LLM) -> dict[str, VectorSet]:
+    """Name -> set of vectors, as requests would resolve them now."""
+    _require_vectors(llm)
+    return admission_of(llm).registry.names().vectors
 
 
 def status(llm: LLM) -> list[dict[str, Any]]:
@@ -53,8 +73,32 @@ def status(llm: LLM) -> list[dict[str, Any]]:
     return llm.collective_rpc("cna_status")
 
 
-def _retire(llm: LLM, circuit: Circuit) -> None:
-    """Frees the rows of a circuit that no name stands for any more."""
-    names = admission_of(llm).registry.circuits().values()
-    if all(other.digest != circuit.digest for other in names):
-        llm.collective_rpc("cna_unload", args=(circuit.digest,))
+def _require_vectors(llm: LLM) -> None:
+    if not admission_of(llm).config.max_vectors:
+        raise CnaConfigError(
+            "this LLM was started without vectors; pass additional_config={'cna': "
+            "{'max_vectors': 8}}"
+        )
+
+
+def _load(llm: LLM, name: str, content: Content) -> None:
+    registry = admission_of(llm).registry
+    registry.check_free(name, kind_of(content))
+    registry.served.check(content)
+    previous = registry.names().contents.get(name)
+    for report in llm.collective_rpc("cna_load", args=content.packed()):
+        if report["refused"]:
+            raise CircuitTableError(report["refused"])
+    registry.register(name, content)
+    if previous is not None:
+        _retire(llm, previous)
+
+
+def _unload(llm: LLM, kind: KindName, name: str) -> None:
+    _retire(llm, admission_of(llm).registry.unregister(kind, name))
+
+
+def _retire(llm: LLM, content: Content) -> None:
+    """Frees the rows of content that no name stands for any more."""
+    if content.digest not in admission_of(llm).registry.names().digests():
+        llm.collective_rpc("cna_unload", args=(content.digest,))

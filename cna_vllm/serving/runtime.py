@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cna_kernels import backend, mark_overflow
-from cna_vllm.circuit import Circuit
+from cna_vllm.packed import KindName, Packed
 from cna_vllm.request import FIELD_RECORD, RESOLVED_FIELD, Steering
 from cna_vllm.serving.activation import SteeredActAndMul
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
@@ -19,9 +19,9 @@ from cna_vllm.serving.outputs import hook_outputs, prove_outputs, refuse_unfit
 from cna_vllm.serving.recording import Recorder
 from cna_vllm.serving.state import SteeringState
 from cna_vllm.serving.step_report import StepReport
-from cna_vllm.serving.table import CircuitTable
+from cna_vllm.serving.table import CircuitTable, ResidentTable
 from cna_vllm.serving.vector_table import VectorTable
-from cna_vllm.vectors import FORMS, VectorSet
+from cna_vllm.vectors import FORMS
 
 NEURONS = "neurons"
 
@@ -53,9 +53,8 @@ class SteeringRuntime:
                 "one size for all layers"
             )
         # A pipeline stage without decoder layers has nothing to hook and nothing to do.
-        width, offset, total = shapes.pop() if shapes else (1, 0, 1)
+        width, offset, _ = shapes.pop() if shapes else (1, 0, 1)
         self.layers = tuple(mlp.layer for mlp in mlps)
-        self._total_width = total
         self._recording = NEURONS
         self._routed_experts = [path for mlp in mlps for path in mlp.routed_experts]
         self.table = CircuitTable(self.layers, offset, width, config.max_circuits, device)
@@ -64,6 +63,9 @@ class SteeringRuntime:
             if config.max_vectors
             else None
         )
+        self._tables: dict[KindName, ResidentTable] = {"circuit": self.table}
+        if self.vectors is not None:
+            self._tables["vector"] = self.vectors
         self.state = SteeringState(
             self.table,
             max_num_reqs,
@@ -100,33 +102,22 @@ class SteeringRuntime:
         vectors = 0 if self.vectors is None else self.vectors.nbytes
         return self.table.nbytes + vectors + self._recorder_bytes()
 
-    def load(self, circuit: Circuit, wanted: Collection[str] = ()) -> int:
-        """Makes a circuit resident on this rank and returns its row; see ``CircuitTable.load``."""
-        if self.layers and circuit.intermediate_size != self._total_width:
-            raise CnaConfigError(
-                f"circuit of {circuit.model} has intermediate_size {circuit.intermediate_size}, "
-                f"the served model {self._total_width}"
-            )
-        return self.table.load(circuit, wanted)
+    def load(self, content: Packed, wanted: Collection[str] = ()) -> int:
+        """Makes content resident on this rank and returns its row; see ``ResidentTable.load``.
 
-    def load_vectors(self, vectors: VectorSet, wanted: Collection[str] = ()) -> int:
-        """Makes a set of vectors resident on this rank and returns its row."""
-        if self.vectors is None:
+        Content that does not fit the model never comes here: front ends refuse it.
+        """
+        if content.kind not in self._tables:
             raise CnaConfigError("this engine adds no vectors; start it with cna.max_vectors")
-        if self.layers and vectors.hidden_size != self.vectors.hidden_size:
-            raise CnaConfigError(
-                f"vectors of {vectors.model} have hidden_size {vectors.hidden_size}, the served "
-                f"model {self.vectors.hidden_size}"
-            )
-        return self.vectors.load(vectors, wanted)
+        return self._tables[content.kind].load(content, wanted)
 
     def resident(self) -> list[str]:
         """Digests of all circuits and vectors that have a row."""
-        return [*self.table.resident(), *(self.vectors.resident() if self.vectors else ())]
+        return [digest for table in self._tables.values() for digest in table.resident()]
 
     def unload(self, digest: str) -> bool:
-        """Retires a circuit; running requests finish on it."""
-        return self.table.unload(digest)
+        """Retires content; running requests finish on it. False when it is not loaded."""
+        return any(table.unload(digest) for table in self._tables.values())
 
     def add_request(
         self, req_id: str, extra_args: Mapping[str, Any] | None, prompt_len: int

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -160,7 +160,7 @@ class _SelfTest:
     def _load(self, channels: Channels) -> Circuit:
         served = self._gate.registry.served
         neurons = tuple(Neuron(layer, index) for layer, at in channels.items() for index in at)
-        return load_circuit(self._llm, NAME, Circuit(**asdict(served), neurons=neurons))
+        return load_circuit(self._llm, NAME, Circuit(**served.of_circuits(), neurons=neurons))
 
     def _steered(
         self, prompt: list[int], channels: Channels, multiplier: float, scope: str

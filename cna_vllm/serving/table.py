@@ -5,32 +5,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from cna_kernels import mask_width
-from cna_vllm.circuit import Circuit
+from cna_vllm.packed import Packed
 
 
 class CircuitTableError(RuntimeError):
     """A circuit or vector cannot be made resident, or a request names one that is not."""
 
 
-class Content(Protocol):
-    """Anything that requests name."""
-
-    @property
-    def digest(self) -> str:
-        """What identifies its content."""
-        ...
-
-
-C = TypeVar("C", bound=Content)
-
-
-class ResidentTable(ABC, Generic[C]):
+class ResidentTable(ABC):
     """Rows of content, found by digest, counted by the running requests that use them.
 
     What was unloaded keeps its row until the row is needed, so a request that was admitted before
@@ -47,7 +34,7 @@ class ResidentTable(ABC, Generic[C]):
         self._retired: dict[int, None] = {}
 
     @abstractmethod
-    def _write(self, row: int, content: C) -> None:
+    def _write(self, row: int, content: Packed) -> None:
         """Puts this rank's share of ``content`` into a row of the device's table."""
 
     def loaded(self) -> tuple[str, ...]:
@@ -60,7 +47,7 @@ class ResidentTable(ABC, Generic[C]):
         """All digests that have a row: the loaded ones, and retired ones not yet overwritten."""
         return tuple(self._row_of)
 
-    def load(self, content: C, wanted: Collection[str] = ()) -> int:
+    def load(self, content: Packed, wanted: Collection[str] = ()) -> int:
         """Makes ``content`` resident and returns its row; loading it again is a no-op.
 
         wanted: digests that admitted requests may still ask for, also such as wait to run; their
@@ -124,7 +111,15 @@ class ResidentTable(ABC, Generic[C]):
         )
 
 
-class CircuitTable(ResidentTable[Circuit]):
+def positions(layers: Sequence[int], content: Packed) -> np.ndarray:
+    """Of each layer that ``content`` names, its place among this rank's ``layers``; -1 for none."""
+    named = np.frombuffer(content.layers, dtype=np.int32)
+    place = np.full(max(max(layers, default=0), named.max(initial=0)) + 1, -1, dtype=np.int32)
+    place[list(layers)] = range(len(layers))
+    return place[named]
+
+
+class CircuitTable(ResidentTable):
     """Resident circuits, at ceil(width / 8) bytes a layer, at fixed addresses."""
 
     noun = "circuit"
@@ -161,14 +156,11 @@ class CircuitTable(ResidentTable[Circuit]):
         """The masks of one global layer: uint8 [max_circuits, ceil(width / 8)], a fixed view."""
         return self._masks[self.layers.index(layer)]
 
-    def _write(self, row: int, content: Circuit) -> None:
-        self._masks[:, row].copy_(self._packed(content))
-
-    def _packed(self, circuit: Circuit) -> torch.Tensor:
-        """uint8 [layers, ceil(width / 8)]: this rank's share, channel j in bit j % 8."""
-        bits = np.zeros((len(self.layers), self._width), dtype=np.uint8)
-        by_layer = circuit.by_layer()
-        for position, layer in enumerate(self.layers):
-            local = np.asarray(by_layer.get(layer, ()), dtype=np.int64) - self._offset
-            bits[position, local[(local >= 0) & (local < self._width)]] = 1
-        return torch.from_numpy(np.packbits(bits, axis=1, bitorder="little"))
+    def _write(self, row: int, content: Packed) -> None:
+        """This rank's share: channel j of a layer in bit j % 8 of byte j // 8."""
+        bits = np.zeros((len(self.layers), self._width), dtype=bool)
+        at = positions(self.layers, content)
+        channel = np.frombuffer(content.values, dtype=np.int32) - self._offset
+        here = (at >= 0) & (channel >= 0) & (channel < self._width)
+        bits[at[here], channel[here]] = True
+        self._masks[:, row].copy_(torch.from_numpy(np.packbits(bits, axis=1, bitorder="little")))

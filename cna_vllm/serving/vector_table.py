@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from cna_vllm.serving.table import ResidentTable
-from cna_vllm.vectors import VectorSet
+from cna_vllm.packed import Packed
+from cna_vllm.serving.table import ResidentTable, positions
 
 
-class VectorTable(ResidentTable[VectorSet]):
+class VectorTable(ResidentTable):
     """Resident sets of vectors, at 4 * hidden_size bytes a layer; 0 where a set has no vector.
 
     Every tensor-parallel rank holds whole vectors, since it has whole outputs.
@@ -43,9 +44,9 @@ class VectorTable(ResidentTable[VectorSet]):
         """The vectors of one global layer: float32 [max_vectors, hidden_size], a fixed view."""
         return self._vectors[self._layers.index(layer)]
 
-    def _write(self, row: int, content: VectorSet) -> None:
-        share = torch.zeros(len(self._layers), self.hidden_size)
-        for position, layer in enumerate(self._layers):
-            if layer in content.vectors:
-                share[position] = torch.tensor(content.vectors[layer])
-        self._vectors[:, row].copy_(share)
+    def _write(self, row: int, content: Packed) -> None:
+        at = positions(self._layers, content)
+        values = np.frombuffer(content.values, dtype=np.float32).reshape(len(at), self.hidden_size)
+        share = np.zeros((len(self._layers), self.hidden_size), dtype=np.float32)
+        share[at[at >= 0]] = values[at >= 0]
+        self._vectors[:, row].copy_(torch.from_numpy(share))

@@ -216,7 +216,7 @@ def test_same_prompts_on_two_ranks_are_rank_local(tiny: Subject) -> None:
         for rank in range(2)
     ]
     for table in tables:
-        table.load(circuit)
+        table.load(circuit.packed())
     for layer, indices in tiny.circuits["one"].items():
         bits = torch.cat([_bits(t.layer_masks(layer)[0], half) for t in tables])
         assert bits.nonzero().squeeze(1).tolist() == list(indices)

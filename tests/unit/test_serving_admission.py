@@ -25,7 +25,7 @@ from cna_vllm.serving.admission import (
     refuse_without_config,
 )
 from cna_vllm.serving.config import SECRET_VARIABLE, CnaConfig, CnaConfigError
-from cna_vllm.serving.registry import CircuitRegistry, ServedModel
+from cna_vllm.serving.registry import Registry, ServedModel
 
 OTHERS = {"other": [1, {"deep": 2}], "c": {"na": 1}, "scope": 2}
 
@@ -38,7 +38,7 @@ FRENCH, POLITE = make_circuit(0), make_circuit(1)
 
 
 def make_admission(record: bool = False) -> Admission:
-    registry = CircuitRegistry(ServedModel("m", "A", 2, 16))
+    registry = Registry(ServedModel("m", "A", 2, 16, 6))
     registry.register("french", FRENCH)
     registry.register("polite", POLITE)
     config = CnaConfig(max_multiplier=10.0, max_circuits_per_request=2, record=record)
@@ -194,9 +194,9 @@ def test_the_name_is_resolved_when_asked() -> None:
     admitted = gate.admit(fields())
     assert admitted is not None
     assert admitted["cna_resolved"]["circuits"] == [[make_circuit(9).digest, 0.5]]
-    gate.registry.unregister("french")
+    gate.registry.unregister("circuit", "french")
     assert_refused(gate, fields(), "cna_circuit", "known circuits: polite")
-    gate.registry.unregister("polite")
+    gate.registry.unregister("circuit", "polite")
     assert_refused(gate, fields(), "cna_circuit", "none is loaded")
 
 
@@ -345,7 +345,7 @@ def test_an_adapter_of_circuits_that_share_neurons_is_warned_of(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    registry = CircuitRegistry(ServedModel("m", "A", 2, 16))
+    registry = Registry(ServedModel("m", "A", 2, 16, 6))
     registry.register("french", FRENCH)
     registry.register("polite", POLITE)
     registry.register("wide", Circuit("m", "A", 2, 16, (Neuron(0, 0), Neuron(1, 1))))

@@ -14,7 +14,7 @@ from cna_vllm.request import SCOPES
 from cna_vllm.serving.admission import Admission
 from cna_vllm.serving.cache_keys import steering_block_key
 from cna_vllm.serving.config import CnaConfig
-from cna_vllm.serving.registry import CircuitRegistry, ServedModel
+from cna_vllm.serving.registry import Registry, ServedModel
 
 NAMES = ("a", "b", "c")
 MULTIPLIERS = (0.0, 0.5, 1.0, 2.0)
@@ -25,7 +25,7 @@ def make_circuit(index: int) -> Circuit:
 
 
 def make_admission() -> Admission:
-    registry = CircuitRegistry(ServedModel("m", "A", 2, 16))
+    registry = Registry(ServedModel("m", "A", 2, 16, 6))
     for index, name in enumerate(NAMES):
         registry.register(name, make_circuit(index))
     return Admission(CnaConfig(), registry)
@@ -157,5 +157,5 @@ def test_the_digest_counts_and_not_the_name() -> None:
     gate.registry.register("a", make_circuit(7))
     assert key("a") != before, "old blocks of a reloaded circuit must not be hit"
     assert key("alias") == before
-    assert gate.registry.digest("a") in key("a")[1]
+    assert gate.registry.digest("circuit", "a") in key("a")[1]
     assert not any("alias" in part for part in key("alias"))

@@ -41,13 +41,11 @@ def test_every_setting() -> None:
             "max_circuits_per_request": 1,
             "max_multiplier": 5,
             "record": True,
-            "digests": {"french": "ab"},
         }
     )
     assert config.circuits == {"french": str(Path("folder") / "french.json"), "b": "b.json"}
     assert (config.max_circuits, config.max_circuits_per_request) == (2, 1)
     assert (config.max_multiplier, config.record) == (5, True)
-    assert config.digests == {"french": "ab"}
 
 
 @pytest.mark.parametrize(
@@ -90,8 +88,6 @@ def test_every_setting() -> None:
         ({"record": 1}, "cna.record "),
         ({"record": "true"}, "cna.record "),
         ({"record": None}, "cna.record "),
-        ({"digests": None}, "digests"),
-        ({"digests": ["ab"]}, "digests"),
         ({"max_circuits": 1, "circuits": {"a": "a", "b": "b"}}, "2 circuits.*max_circuits"),
     ],
 )

@@ -8,19 +8,21 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from cna_vllm.circuit import Circuit, Neuron
+from cna_vllm.packed import Packed
 from cna_vllm.serving.admission import Admission
-from cna_vllm.serving.config import CnaConfig
+from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.http.control_plane import ControlError, ControlPlane
-from cna_vllm.serving.registry import CircuitRegistry, ServedModel
+from cna_vllm.serving.registry import Registry, ServedModel
 from cna_vllm.serving.store import RegistryStore
 from cna_vllm.serving.table import CircuitTable, CircuitTableError
-from cna_vllm.serving.vector_registry import ServedStream, VectorRegistry
 from cna_vllm.vectors import VectorSet
 
 LAYERS, WIDTH = 2, 64
@@ -41,6 +43,7 @@ class Engines:
         ]
         self.errored = self.dying = False
         self.failing: set[int] = set()
+        self.input_processor = SimpleNamespace()
         self.engine_core = self  # vLLM's client has one, which knows all engines
 
     @property
@@ -69,7 +72,7 @@ class Engines:
                     return RuntimeError("a worker ran out of memory")
                 refused = None
                 try:
-                    table.load(Circuit.from_dict(args[0]))
+                    table.load(Packed(*args))
                 except CircuitTableError as error:
                     refused = str(error)
                 return [{"resident": table.resident(), "refused": refused}]
@@ -97,10 +100,10 @@ class Plane(ControlPlane):
         config = CnaConfig(
             circuit_dir=str(folder / "circuits"), registry_dir=str(folder / "r"), max_vectors=1
         )
-        registry = CircuitRegistry.from_config(config, ServedModel("m", "A", LAYERS, WIDTH))
-        vectors = VectorRegistry(ServedStream("m", "A", LAYERS, 6))
-        vectors.register("caa", VectorSet("mlp", "m", "A", LAYERS, 6, {0: (1.0,) * 6}))
-        self.gate = Admission(config, registry, vectors)
+        registry = Registry.from_config(config, ServedModel("m", "A", LAYERS, WIDTH, 6))
+        registry.register("caa", VectorSet("mlp", "m", "A", LAYERS, 6, {0: np.ones(6)}))
+        self.gate = Admission(config, registry)
+        self.workers.input_processor = SimpleNamespace(cna_admission=self.gate)
         super().__init__(self.workers, Names(), self.gate)
 
 
@@ -122,7 +125,7 @@ def test_a_circuit_takes_no_name_of_another_kind(plane: Plane, name: str) -> Non
     error = refused(plane.load_circuit(name, "1.json"))
     assert (error.field, error.status) == ("circuit_name", 400)
     assert f"the name {name!r} is that of" in str(error) or "is the name of a model" in str(error)
-    assert set(plane.gate.registry.circuits()) == {"a"}
+    assert set(plane.gate.registry.names().circuits) == {"a"}
     assert plane.workers.table.resident() == (circuit(0).digest,)
 
 
@@ -154,7 +157,7 @@ def test_a_registry_that_cannot_be_written_changes_nothing(
             error = refused(action)
             assert (error.field, error.status) == ("cna", 503)
             assert "ask its operator" in str(error) and str(tmp_path) not in str(error)
-            assert plane.gate.registry.circuits() == {"a": circuit(0)}
+            assert plane.gate.registry.names().circuits == {"a": circuit(0)}
             assert not plane.gate.registry.names().adapters
             assert plane.workers.table.loaded() == (circuit(0).digest,)
     assert "No space left on device" in caplog.text
@@ -168,7 +171,7 @@ def test_a_dead_engine_is_told_and_names_stay(plane: Plane, during: bool) -> Non
     plane.workers.errored, plane.workers.dying = not during, during
     error = refused(plane.load_circuit("b", "1.json"))
     assert (error.field, error.status) == ("cna", 503) and "engine has died" in str(error)
-    assert plane.gate.registry.circuits() == {"a": circuit(0)}
+    assert plane.gate.registry.names().circuits == {"a": circuit(0)}
 
 
 def test_a_failure_of_a_living_engine_is_not_hidden(plane: Plane) -> None:
@@ -195,7 +198,7 @@ def test_a_load_that_one_engine_refuses_is_undone_on_the_others(
         error = refused(action)
         assert (error.field, error.status) == ("cna_circuit", 409)
         assert "all 1 circuit rows are in use" in str(error)
-        assert plane.gate.registry.circuits() == {"a": circuit(0)}
+        assert plane.gate.registry.names().circuits == {"a": circuit(0)}
         assert loaded(plane) == [(circuit(0).digest,)] * 2
     asyncio.run(plane.load_circuit("c", "0.json"))  # the same content needs no row
     error = refused(plane.load_circuit("c", "1.json", load_inplace=True))
@@ -214,16 +217,24 @@ def test_a_load_that_one_engine_fails_is_undone_on_the_others(tmp_path: Path, ra
     error = refused(plane.load_circuit("b", "1.json"))
     assert (error.field, error.status) == ("cna", 503)
     assert "memory" not in str(error), "the reason is in the log"
-    assert plane.gate.registry.circuits() == {"a": circuit(0)}
+    assert plane.gate.registry.names().circuits == {"a": circuit(0)}
     assert loaded(plane) == [(circuit(0).digest,)] * 2
 
 
-def test_every_engine_is_brought_in_line_with_the_registry(tmp_path: Path) -> None:
-    """At the start one engine lacks what is named, the other holds what is not."""
+def test_every_engine_gets_what_the_registry_names(tmp_path: Path) -> None:
+    """At the start engines hold nothing, or what another server's front end gave them."""
     plane = Plane(tmp_path, (4, 4))
+    plane.gate.registry.unregister("vector", "caa")
     asyncio.run(plane.load_circuit("a", "0.json"))
-    first, second = plane.workers.tables
-    first.unload(circuit(0).digest)
-    second.load(circuit(1))
+    plane.workers.tables[0].unload(circuit(0).digest)
     asyncio.run(plane.reconcile())
     assert loaded(plane) == [(circuit(0).digest,)] * 2
+
+
+def test_an_engine_that_cannot_hold_what_is_named_stops_the_start(tmp_path: Path) -> None:
+    plane = Plane(tmp_path, (2, 1))
+    plane.gate.registry.unregister("vector", "caa")
+    for name in "ab":
+        plane.gate.registry.register(name, circuit(ord(name) - ord("a")))
+    with pytest.raises(CnaConfigError, match="cannot hold what is configured: all 1 circuit rows"):
+        asyncio.run(plane.reconcile())

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from cna_vllm.packed import Packed
 from cna_vllm.request import RESOLVED_FIELD, Steering
 from cna_vllm.serving.seal import Seal, deployment_secret
 from cna_vllm.serving.seams import engine_core
-from cna_vllm.serving.seams.engine_core import ResidentCircuits
+from cna_vllm.serving.seams.engine_core import ResidentContent
 from cna_vllm.serving.table import CircuitTableError
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
@@ -32,41 +33,63 @@ PLAIN = [
 ]
 
 
-def holding(*digests: str) -> ResidentCircuits:
-    circuits = ResidentCircuits()
-    circuits.update([{"resident": digests}])
-    return circuits
+def load(content: ResidentContent, digest: str, *resident: list[str]) -> None:
+    content.begin_load(())
+    content.end_load(digest, [{"resident": digests} for digests in resident])
+
+
+def holding(*digests: str) -> ResidentContent:
+    content = ResidentContent()
+    for digest in digests:
+        load(content, digest, [*digests])
+    return content
 
 
 def test_nothing_is_there_until_the_workers_say_so() -> None:
     with pytest.raises(CircuitTableError, match="is not resident"):
-        ResidentCircuits().hold("r", (A,))
-    circuits = holding(A, B)
-    circuits.hold("r", (A, B))
-    assert circuits.wanted(PLAIN) == [A, B]
+        ResidentContent().hold("r", (A,))
+    content = holding(A, B)
+    content.hold("r", (A, B))
+    assert content.begin_load(PLAIN) == [A, B]
 
 
 def test_a_request_is_wanted_from_its_arrival_on() -> None:
-    circuits = holding(A)
-    circuits.hold("on its way", (A,))
-    assert circuits.wanted([request(B, C)]) == [A, B, C]
-    circuits.release("on its way")
-    circuits.release("never seen")
-    assert circuits.wanted([request(B)]) == [B]
-    assert circuits.wanted([]) == []
+    content = holding(A)
+    content.hold("on its way", (A,))
+    assert content.begin_load([request(B, C)]) == [A, B, C]
+    content.release("on its way")
+    content.release("never seen")
+    assert content.begin_load([request(B)]) == [B]
+    assert content.begin_load([]) == []
 
 
 def test_a_request_whose_circuit_was_evicted_is_refused_alone() -> None:
-    circuits = ResidentCircuits()
-    circuits.update([{"resident": [A, B]}, {"resident": [A, B, C]}])
-    circuits.hold("good", (A, B))
+    content = holding(A, B)
+    load(content, C, [A, B], [A, B, C])  # one rank of two did not take it
+    content.hold("good", (A, B))
     with pytest.raises(CircuitTableError, match=f"{C[:12]} is not resident.*send it again"):
-        circuits.hold("late", (A, C))  # one rank of two no longer has it
-    assert circuits.wanted([]) == [A, B], "the refused request holds nothing"
-    circuits.update([{"resident": [C]}])
-    circuits.hold("late", (C,))
+        content.hold("late", (A, C))
+    assert content.begin_load([]) == [A, B], "the refused request holds nothing"
+    load(content, C, [C])
+    content.hold("late", (C,))
     with pytest.raises(CircuitTableError):
-        circuits.hold("later", (A,))
+        content.hold("later", (A,))
+
+
+def test_while_workers_load_no_request_gets_what_they_may_overwrite() -> None:
+    """Nothing waits for them either: what is loaded, or wanted already, is had at once."""
+    content = holding(A, B, C)
+    content.hold("running", (B,))
+    for digest in (B, C):
+        content.unload(digest)
+    content.hold("before", (C,))
+    content.release("before")
+    assert content.begin_load([]) == [B]
+    content.hold("new", (A, B))
+    with pytest.raises(CircuitTableError, match="send it again"):
+        content.hold("late", (C,))
+    content.end_load("d" * 64, [{"resident": [A, B, C]}])
+    content.hold("again", (C,))
 
 
 class Core:
@@ -77,6 +100,7 @@ class Core:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.resident = [A, B]
         self.broken = False
+        self.is_sleeping = False
         self.model_executor = self  # vLLM's core has one, whose workers it asks
 
     def _initialize_kv_caches(self, vllm_config: Any) -> str:
@@ -108,25 +132,30 @@ def core() -> Core:
     built = Wrapped(request(A, request_id="running"))
     config = SimpleNamespace(additional_config={"cna": {}})
     assert built._initialize_kv_caches(config) == "blocks"
-    assert built.calls == [("cna_status", {})]
+    for digest in (A, B):
+        built.collective_rpc("cna_load", args=packed(digest))
     return built
 
 
-def test_a_core_that_does_not_steer_asks_its_workers_nothing() -> None:
-    core = Core()
-    start = engine_core._initialize_kv_caches(Core._initialize_kv_caches)
-    assert start(core, SimpleNamespace(additional_config={})) == "blocks" and not core.calls
+def packed(digest: str = C) -> tuple[Any, ...]:
+    return Packed("circuit", digest, b"", b"")
+
+
+def test_a_core_that_sleeps_loads_nothing(core: Core) -> None:
+    core.is_sleeping, calls = True, len(core.calls)
+    (report,) = core.collective_rpc("cna_load", args=packed())
+    assert "wake it up" in report["refused"] and len(core.calls) == calls
 
 
 def test_workers_are_told_what_they_must_keep(core: Core) -> None:
     core.preprocess_add_request(request(B, request_id="new"))
-    core.collective_rpc("cna_load", args=({},))
+    core.collective_rpc("cna_load", args=packed())
     assert core.calls[-1] == ("cna_load", {"wanted": [A, B]})
     core.add_request(request(B, request_id="new"))
-    core.collective_rpc("cna_load", args=({},))
+    core.collective_rpc("cna_load", args=packed())
     assert core.calls[-1] == ("cna_load", {"wanted": [A, B]}), "now by the scheduler"
     core.scheduler.requests.clear()
-    core.collective_rpc("cna_load", args=({},), kwargs={"x": 1})
+    core.collective_rpc("cna_load", args=packed(), kwargs={"x": 1})
     assert core.calls[-1] == ("cna_load", {"x": 1, "wanted": []})
     core.collective_rpc("cna_status")
     assert core.calls[-1] == ("cna_status", {})
@@ -134,7 +163,7 @@ def test_workers_are_told_what_they_must_keep(core: Core) -> None:
 
 def test_an_evicted_circuit_is_noticed_before_the_worker_sees_it(core: Core) -> None:
     core.resident = [B]
-    core.collective_rpc("cna_load", args=({},))
+    core.collective_rpc("cna_load", args=packed())
     with pytest.raises(CircuitTableError, match="send it again"):
         core.preprocess_add_request(request(A))
     for plain in PLAIN:
@@ -142,7 +171,7 @@ def test_an_evicted_circuit_is_noticed_before_the_worker_sees_it(core: Core) -> 
 
 
 def wanted(core: Core) -> Any:
-    core.collective_rpc("cna_load", args=({},))
+    core.collective_rpc("cna_load", args=packed())
     return core.calls[-1][1]["wanted"]
 
 
@@ -161,7 +190,7 @@ def test_a_load_that_fails_leaves_the_core_with_what_its_workers_hold(core: Core
 
     collective_rpc = engine_core._collective_rpc(fail)
     with pytest.raises(RuntimeError, match="second worker"):
-        collective_rpc(core, "cna_load", args=({},))
+        collective_rpc(core, "cna_load", args=packed())
     with pytest.raises(CircuitTableError, match="is not resident"):
         core.preprocess_add_request(request(B))
     core.preprocess_add_request(request(A))

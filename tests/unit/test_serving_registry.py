@@ -12,9 +12,9 @@ import pytest
 from cna_vllm.circuit import Circuit, CircuitError, Neuron
 from cna_vllm.request import SteeringError
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
-from cna_vllm.serving.registry import CircuitRegistry, ServedModel
+from cna_vllm.serving.registry import Registry, ServedModel
 
-SERVED = ServedModel("served/model", "LlamaForCausalLM", 4, 16)
+SERVED = ServedModel("served/model", "LlamaForCausalLM", 4, 16, 6)
 NEURONS = (Neuron(0, 3, 0.5), Neuron(2, 15, -1.25))
 
 
@@ -34,9 +34,8 @@ def write(path: Path, data: Any) -> Path:
     return path
 
 
-def load_all(digests: dict[str, str] | None = None, **paths: Path) -> CircuitRegistry:
-    config = CnaConfig(circuits={n: str(p) for n, p in paths.items()}, digests=digests or {})
-    return CircuitRegistry.from_config(config, SERVED)
+def load_all(**paths: Path) -> Registry:
+    return Registry.from_config(CnaConfig(circuits={n: str(p) for n, p in paths.items()}), SERVED)
 
 
 def test_the_three_layouts(tmp_path: Path) -> None:
@@ -44,7 +43,7 @@ def test_the_three_layouts(tmp_path: Path) -> None:
     make_circuit().save(own)
     reference = write(tmp_path / "ref.json", {"neurons": {"0,-1,3": 0.5, "2,-1,15": -1.25}})
     plain = write(tmp_path / "plain.json", {"0": [3], "2": [15]})
-    circuits = load_all(own=own, reference=reference, plain=plain).circuits()
+    circuits = load_all(own=own, reference=reference, plain=plain).names().circuits
     assert set(circuits) == {"own", "reference", "plain"}
     assert circuits["own"].digest == circuits["reference"].digest == make_circuit().digest
     for circuit in circuits.values():
@@ -57,7 +56,7 @@ def test_the_three_layouts(tmp_path: Path) -> None:
 
 def test_other_positions_of_the_reference_layout_are_noted(tmp_path: Path) -> None:
     path = write(tmp_path / "ref.json", {"neurons": {"0,7,3": 0.5}})
-    circuit = load_all(a=path).circuits()["a"]
+    circuit = load_all(a=path).names().circuits["a"]
     assert circuit.by_layer() == {0: (3,)}
     assert any("ignored" in note and "7" in note for note in circuit.notes)
 
@@ -101,20 +100,7 @@ def test_missing_and_malformed_files_stop_the_start(tmp_path: Path) -> None:
 def test_another_id_of_the_same_model_is_the_same_model(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     make_circuit(model="a/copy").save(path)
-    assert load_all(a=path).circuits()["a"].digest == make_circuit().digest
-
-
-def test_content_that_changed_while_the_engine_started_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "c.json"
-    make_circuit().save(path)
-    seen = load_all(a=path).digest("a")
-    assert load_all(digests={"a": seen, "elsewhere": "0" * 64}, a=path).digest("a") == seen
-    changed = make_circuit(neurons=(Neuron(0, 4, 0.5),))
-    changed.save(path)
-    with pytest.raises(CnaConfigError, match=r"'a'.*changed while the engine started") as refused:
-        load_all(digests={"a": seen}, a=path)
-    assert seen[:12] in str(refused.value)
-    assert changed.digest[:12] in str(refused.value)
+    assert load_all(a=path).names().circuits["a"].digest == make_circuit().digest
 
 
 def test_digests_are_computed_and_not_read(tmp_path: Path) -> None:
@@ -123,7 +109,7 @@ def test_digests_are_computed_and_not_read(tmp_path: Path) -> None:
     data = other.to_dict()
     del data["digest"]
     registry = load_all(a=write(tmp_path / "a.json", data))
-    assert registry.digest("a") == other.digest
+    assert registry.digest("circuit", "a") == other.digest
     data["digest"] = make_circuit().digest
     with pytest.raises(CircuitError, match="edited or damaged"):
         load_all(a=write(tmp_path / "a.json", data))
@@ -134,45 +120,45 @@ def test_digests_are_computed_and_not_read(tmp_path: Path) -> None:
     [{"architecture": "Qwen2ForCausalLM"}, {"num_layers": 5}, {"intermediate_size": 32}],
 )
 def test_a_circuit_of_another_model_gets_no_name(changed: dict[str, Any]) -> None:
-    registry = CircuitRegistry(SERVED)
+    registry = Registry(SERVED)
     with pytest.raises(CircuitError, match=r"'other/model'.*does not fit 'served/model'"):
         registry.register("a", make_circuit(model="other/model", **changed))
     with pytest.raises(CircuitError):
-        registry.check(make_circuit(**changed))
-    assert registry.circuits() == {}
+        SERVED.check(make_circuit(**changed))
+    assert registry.names().circuits == {}
 
 
 @pytest.mark.parametrize("name", ["", "x" * 129, "a\nb", None, 3])
 def test_bad_names(name: Any) -> None:
-    registry = CircuitRegistry(SERVED)
+    registry = Registry(SERVED)
     with pytest.raises(CnaConfigError, match="circuit name"):
         registry.register(name, make_circuit())
-    assert registry.circuits() == {}
+    assert registry.names().circuits == {}
 
 
 def test_register_replace_unregister() -> None:
-    registry = CircuitRegistry(SERVED)
+    registry = Registry(SERVED)
     first, second = make_circuit(), make_circuit(neurons=(Neuron(1, 1, 1.0),))
     registry.register("a", first)
-    snapshot = registry.circuits()
+    snapshot = registry.names().circuits
     registry.register("a", second)
     registry.register("b", first)
-    assert registry.digest("a") == second.digest
+    assert registry.digest("circuit", "a") == second.digest
     assert snapshot == {"a": first}, "a snapshot stays what it was"
-    registry.circuits()["c"] = first
-    assert set(registry.circuits()) == {"a", "b"}
-    assert registry.unregister("a") is second
+    registry.names().circuits["c"] = first
+    assert set(registry.names().circuits) == {"a", "b"}
+    assert registry.unregister("circuit", "a") is second
     with pytest.raises(SteeringError, match=r"^cna_circuit: no circuit is named 'a'.*: b$"):
-        registry.digest("a")
+        registry.digest("circuit", "a")
     with pytest.raises(SteeringError, match=r"^cna_circuit: "):
-        registry.unregister("a")
+        registry.unregister("circuit", "a")
 
 
 def test_the_list_of_known_names_is_bounded() -> None:
-    registry = CircuitRegistry(SERVED)
+    registry = Registry(SERVED)
     for i in range(500):
         registry.register(f"circuit-{i:03}", make_circuit())
     with pytest.raises(SteeringError) as refused:
-        registry.digest("x" * 100_000)
+        registry.digest("circuit", "x" * 100_000)
     assert "circuit-000" in str(refused.value)
     assert len(str(refused.value)) < 1000

@@ -50,9 +50,9 @@ STEERINGS = st.none() | st.builds(
 
 def make_state(max_reqs: int = MAX_REQS) -> tuple[CircuitTable, SteeringState]:
     table = CircuitTable(LAYERS, 0, WIDTH, 8, torch.device("cpu"))
-    table.load(UNUSED)
+    table.load(UNUSED.packed())
     for circuit in CIRCUITS.values():
-        table.load(circuit)
+        table.load(circuit.packed())
     return table, SteeringState(table, max_reqs, MAX_TOKENS, SLOTS)
 
 

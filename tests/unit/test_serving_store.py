@@ -18,10 +18,10 @@ from cna_vllm.circuit import Circuit, CircuitError, Neuron
 from cna_vllm.request import SteeringError
 from cna_vllm.serving.adapter import Adapter
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
-from cna_vllm.serving.registry import CircuitRegistry, ServedModel
+from cna_vllm.serving.registry import Registry, ServedModel
 from cna_vllm.serving.store import Contents, RegistryStore, StoreError
 
-SERVED = ServedModel("m", "A", 2, 64)
+SERVED = ServedModel("m", "A", 2, 64, 6)
 
 
 def circuit(index: int) -> Circuit:
@@ -114,8 +114,8 @@ def test_a_circuit_that_was_exchanged_is_told(tmp_path: Path) -> None:
         store.circuit(circuit(1).digest)
 
 
-def registry(tmp_path: Path, **config: object) -> CircuitRegistry:
-    return CircuitRegistry.from_config(
+def registry(tmp_path: Path, **config: object) -> Registry:
+    return Registry.from_config(
         CnaConfig(registry_dir=str(tmp_path), **config),  # type: ignore[arg-type]
         SERVED,
     )
@@ -124,17 +124,17 @@ def registry(tmp_path: Path, **config: object) -> CircuitRegistry:
 def test_two_registries_see_each_others_changes(tmp_path: Path) -> None:
     first, second = registry(tmp_path), registry(tmp_path)
     save(first.store, {"a": circuit(1)}, off=Adapter.parse("a@0"))  # type: ignore[arg-type]
-    assert second.digest("a") == circuit(1).digest
+    assert second.digest("circuit", "a") == circuit(1).digest
     assert second.adapter("off") == Adapter.parse("a@0")
     save(first.store, {"a": circuit(2)})  # type: ignore[arg-type]
-    assert second.digest("a") == circuit(2).digest and second.adapter("off") is None
+    assert second.digest("circuit", "a") == circuit(2).digest and second.adapter("off") is None
 
 
 def test_a_spoiled_registry_refuses_steering_and_names_no_path(tmp_path: Path) -> None:
     names = registry(tmp_path)
     (tmp_path / "registry.json").write_text("spoiled")
     with pytest.raises(SteeringError, match="ask its operator") as error:
-        names.digest("a")
+        names.digest("circuit", "a")
     assert str(tmp_path) not in str(error.value)
 
 
@@ -147,7 +147,7 @@ def test_a_restart_with_configured_adapters_and_a_filled_registry(tmp_path: Path
         circuits={"a": str(tmp_path / "a.json")},
         adapters={"off": {"circuit": "a", "multiplier": 0}},
     )
-    assert {n: c.digest for n, c in names.circuits().items()} == {
+    assert {n: c.digest for n, c in names.names().circuits.items()} == {
         "a": circuit(1).digest,
         "b": circuit(2).digest,
     }
@@ -180,9 +180,9 @@ def test_names_are_shared_by_circuits_adapters_and_models(tmp_path: Path) -> Non
     with pytest.raises(CnaConfigError, match="served model"):
         names.reserve(["off"])
     with pytest.raises(SteeringError, match="used by the adapter 'off'"):
-        names.unregister("a")
+        names.unregister("circuit", "a")
     names.unregister_adapter("off")
-    assert names.unregister("a") == circuit(1)
+    assert names.unregister("circuit", "a") == circuit(1)
 
 
 WRITER = """
@@ -222,3 +222,22 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
         assert RegistryStore(tmp_path).circuit(digest).digest == digest
     whole = {path.name for path in tmp_path.rglob("*.json")}
     assert all(json.loads((p).read_text()) for p in tmp_path.rglob("*.json")) and whole
+
+
+def test_a_reader_between_two_writes_sees_one_of_them(tmp_path: Path) -> None:
+    """It has read the first manifest; the file that this names is removed before it is opened."""
+    names = registry(tmp_path)
+    writer = RegistryStore(tmp_path)
+    save(writer, {"a": circuit(1)})
+    store = names.store
+    assert store is not None
+    read = store.read
+
+    def overtaken() -> Contents:
+        contents = read()
+        store.read = read  # type: ignore[method-assign]
+        save(writer, {"a": circuit(2)})
+        return contents
+
+    store.read = overtaken  # type: ignore[method-assign]
+    assert names.digest("circuit", "a") == circuit(2).digest

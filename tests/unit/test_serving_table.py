@@ -62,7 +62,7 @@ def test_the_shares_of_all_ranks_are_the_circuit(
     for offset in range(0, circuit.intermediate_size, width):
         for layers in stages:
             table = CircuitTable(layers, offset, width, 2, CPU)
-            row = table.load(circuit)
+            row = table.load(circuit.packed())
             for layer in layers:
                 masks = table.layer_masks(layer)
                 assert masks.shape == (2, mask_width(width))
@@ -78,27 +78,27 @@ def test_halves_that_do_not_split_a_byte() -> None:
     circuit = make_circuit((0, 0), (0, 12), (0, 13), (0, 25))
     for offset, channels in ((0, [0, 12]), (13, [0, 12])):
         table = CircuitTable([0], offset, 13, 1, CPU)
-        table.load(circuit)
+        table.load(circuit.packed())
         assert torch.equal(table.layer_masks(0)[0], pack_mask(channels, 13))
     table = CircuitTable([0], 13, 13, 1, CPU)
-    table.load(make_circuit((0, 3), (0, 12)))
+    table.load(make_circuit((0, 3), (0, 12)).packed())
     assert not table.layer_masks(0).any(), "all neurons on the other rank"
 
 
 def test_loading_is_idempotent() -> None:
     table = make_table()
-    row = table.load(A)
-    assert table.load(B) != row
-    assert table.load(A) == row
+    row = table.load(A.packed())
+    assert table.load(B.packed()) != row
+    assert table.load(A.packed()) == row
     again = make_circuit((2, 25), (0, 0))
-    assert table.load(again) == row
+    assert table.load(again.packed()) == row
     assert table.loaded() == (A.digest, B.digest)
     assert_row(table, row, A)
 
 
 def test_unload_and_reload() -> None:
     table = make_table()
-    row = table.load(A)
+    row = table.load(A.packed())
     assert table.unload(A.digest)
     assert not table.unload(A.digest)
     assert not table.unload(B.digest)
@@ -106,18 +106,18 @@ def test_unload_and_reload() -> None:
     assert table.acquire([A.digest])[0] == row, (
         "a request admitted before the unload still finds it"
     )
-    assert table.load(A) == row
+    assert table.load(A.packed()) == row
     assert table.loaded() == (A.digest,)
     assert table.unload(A.digest)
 
 
 def test_retired_rows_are_reused_oldest_first_and_only_when_needed() -> None:
     table = make_table()
-    rows = {c.digest: table.load(c) for c in (A, B)}
+    rows = {c.digest: table.load(c.packed()) for c in (A, B)}
     table.unload(B.digest)
     table.unload(A.digest)
-    assert table.load(C) not in rows.values(), "a row that never held one comes first"
-    assert table.load(D) == rows[B.digest], "unloaded first"
+    assert table.load(C.packed()) not in rows.values(), "a row that never held one comes first"
+    assert table.load(D.packed()) == rows[B.digest], "unloaded first"
     assert_row(table, rows[B.digest], D)
     assert_row(table, rows[A.digest], A)
     with pytest.raises(CircuitTableError):
@@ -128,44 +128,44 @@ def test_retired_rows_are_reused_oldest_first_and_only_when_needed() -> None:
 
 def test_a_reload_starts_a_new_turn() -> None:
     table = make_table(2)
-    first, second = table.load(A), table.load(B)
+    first, second = table.load(A.packed()), table.load(B.packed())
     for circuit in (A, B):
         table.unload(circuit.digest)
-    table.load(A)
+    table.load(A.packed())
     table.unload(A.digest)
-    assert table.load(C) == second, "B was unloaded before the last unload of A"
-    assert table.load(D) == first
+    assert table.load(C.packed()) == second, "B was unloaded before the last unload of A"
+    assert table.load(D.packed()) == first
 
 
 def test_a_row_with_running_users_is_never_overwritten() -> None:
     table = make_table(2)
-    held, idle = table.load(A), table.load(B)
+    held, idle = table.load(A.packed()), table.load(B.packed())
     assert table.acquire([A.digest])[0] == held
     assert table.acquire([A.digest])[0] == held
     assert table.users(A.digest) == 2
     table.unload(A.digest)
     table.unload(B.digest)
-    assert table.load(C) == idle, "the older one is in use"
+    assert table.load(C.packed()) == idle, "the older one is in use"
     with pytest.raises(CircuitTableError):
-        table.load(D)
+        table.load(D.packed())
     table.release([held])
     with pytest.raises(CircuitTableError):
-        table.load(D)
+        table.load(D.packed())
     assert_row(table, held, A)
     assert_row(table, idle, C)
     table.release([held])
     assert table.users(A.digest) == 0
-    assert table.load(D) == held
+    assert table.load(D.packed()) == held
     assert_row(table, held, D)
 
 
 def test_a_full_table_is_refused_and_unchanged() -> None:
     table = make_table(2)
-    table.load(A)
-    table.load(B)
+    table.load(A.packed())
+    table.load(B.packed())
     before = [table.layer_masks(layer).clone() for layer in table.layers]
     with pytest.raises(CircuitTableError, match=r"all 2 circuit rows.*cna\.max_circuits"):
-        table.load(C)
+        table.load(C.packed())
     assert table.loaded() == (A.digest, B.digest)
     for layer, masks in zip(table.layers, before, strict=True):
         assert torch.equal(table.layer_masks(layer), masks)
@@ -179,17 +179,17 @@ def test_addresses_never_change() -> None:
     before = {layer: view.data_ptr() for layer, view in views.items()}
     assert len(set(before.values())) == len(before)
     for circuit in (A, B, C, D, A):
-        table.load(circuit)
+        table.load(circuit.packed())
         table.unload(circuit.digest)
         assert {layer: table.layer_masks(layer).data_ptr() for layer in before} == before
-    row = table.load(D)
+    row = table.load(D.packed())
     assert torch.equal(views[0][row], pack_mask([1], 26)), "a view taken at start sees the load"
     assert table.nbytes == 4 * 2 * mask_width(26)
 
 
 def test_unknown_digest() -> None:
     table = make_table()
-    table.load(A)
+    table.load(A.packed())
     with pytest.raises(CircuitTableError, match=f"{B.digest[:12]}.*not resident.*unsteered"):
         table.acquire([B.digest])[0]
     assert table.users(B.digest) == 0
@@ -212,7 +212,7 @@ def test_running_requests_keep_their_circuit(actions: list[tuple[str, int]], row
         circuit = circuits[which]
         if action == "load":
             try:
-                assert_row(table, table.load(circuit), circuit)
+                assert_row(table, table.load(circuit.packed()), circuit)
                 wanted.add(circuit.digest)
             except CircuitTableError:
                 in_use = wanted | {c.digest for c, _ in running}
@@ -233,12 +233,12 @@ def test_running_requests_keep_their_circuit(actions: list[tuple[str, int]], row
 def test_a_row_that_a_waiting_request_needs_is_not_overwritten() -> None:
     """Unloaded, and in no batch, but an admitted request has not run yet."""
     table = CircuitTable(range(2), 0, 8, 1, torch.device("cpu"))
-    table.load(A)
+    table.load(A.packed())
     table.unload(A.digest)
     with pytest.raises(CircuitTableError, match="max_circuits"):
-        table.load(B, wanted=[A.digest])
+        table.load(B.packed(), wanted=[A.digest])
     assert table.acquire([A.digest]) == (0,)
     table.release([0])
-    table.load(B)
+    table.load(B.packed())
     with pytest.raises(CircuitTableError, match="not resident"):
         table.acquire([A.digest])

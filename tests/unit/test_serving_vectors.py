@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from cna_vllm import steer, steer_vector
 from cna_vllm.circuit import Circuit, Neuron
 from cna_vllm.request import Steering, SteeringError
+from cna_vllm.serving.adapter import Adapter
 from cna_vllm.serving.admission import Admission
 from cna_vllm.serving.cache_keys import steering_block_key
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.gated_mlp import GatedMlp, UnsupportedModelError
-from cna_vllm.serving.registry import CircuitRegistry, ServedModel
+from cna_vllm.serving.registry import Registry, ServedModel
 from cna_vllm.serving.runtime import SteeringRuntime
 from cna_vllm.serving.table import CircuitTableError
-from cna_vllm.serving.vector_registry import ServedStream, VectorRegistry
 from cna_vllm.serving.vector_table import VectorTable
 from cna_vllm.vectors import VectorError, VectorSet
 
@@ -106,9 +106,9 @@ def test_every_row_of_a_mixed_batch() -> None:
     torch.manual_seed(0)
     modules = [Mlp() for _ in range(LAYERS)]
     runtime = make_runtime([found(i, m) for i, m in enumerate(modules)])
-    runtime.load(CIRCUIT)
+    runtime.load(CIRCUIT.packed())
     for vectors in (FIRST, SECOND):
-        runtime.load_vectors(vectors)
+        runtime.load(vectors.packed())
     runtime.add_request("v", resolved([], [(FIRST.digest, -2.0)], "last"), 3)
     runtime.add_request(
         "both",
@@ -152,7 +152,7 @@ def test_without_max_vectors_nothing_is_added_to_the_model() -> None:
         assert set(dict(module.named_modules())) == {"", "up", "act", "down"}
     assert set(runtime.recorders) == set()
     with pytest.raises(CnaConfigError, match="max_vectors"):
-        runtime.load_vectors(FIRST)
+        runtime.load(FIRST.packed())
     with pytest.raises(ValueError, match="1 vectors, over 0"):
         runtime.add_request("v", resolved([], [(FIRST.digest, 1.0)], "all"), 3)
 
@@ -189,7 +189,7 @@ def test_outputs_that_are_not_whole_are_refused() -> None:
 
 def test_a_request_for_vectors_that_are_gone_holds_nothing() -> None:
     runtime = make_runtime([found(0, Mlp())])
-    runtime.load(CIRCUIT)
+    runtime.load(CIRCUIT.packed())
     with pytest.raises(CircuitTableError, match=r"with vector .* not resident"):
         runtime.add_request("a", resolved([(CIRCUIT.digest, 0.0)], [(FIRST.digest, 1.0)], "all"), 3)
     assert runtime.table.users(CIRCUIT.digest) == 0
@@ -197,17 +197,17 @@ def test_a_request_for_vectors_that_are_gone_holds_nothing() -> None:
 
 def test_rows_outlive_their_unload() -> None:
     table = VectorTable((1, 2), HIDDEN, 2, torch.device("cpu"))
-    first, second = table.load(FIRST), table.load(SECOND)
+    first, second = table.load(FIRST.packed()), table.load(SECOND.packed())
     assert torch.equal(table.layer_vectors(1)[first], torch.tensor(FIRST.vectors[1]))
     assert not table.layer_vectors(2)[second].any(), "SECOND has no vector for layer 2"
     with pytest.raises(CircuitTableError, match=r"2 vector rows.*cna\.max_vectors"):
-        table.load(THIRD)
+        table.load(THIRD.packed())
     held = table.acquire([FIRST.digest])
     table.unload(FIRST.digest)
     with pytest.raises(CircuitTableError):
-        table.load(THIRD)
+        table.load(THIRD.packed())
     table.release(held)
-    assert table.load(THIRD) == first
+    assert table.load(THIRD.packed()) == first
     assert torch.equal(table.layer_vectors(2)[first], torch.tensor(THIRD.vectors[2]))
 
 
@@ -218,7 +218,7 @@ def test_outputs_and_the_stream_are_recorded(deferred: bool) -> None:
     layers = [Layer(deferred) for _ in range(LAYERS)]
     mlps = [found(i, layer.mlp, decoder=layer) for i, layer in enumerate(layers)]
     runtime = make_runtime(mlps, record=True, stream=True)
-    runtime.load_vectors(FIRST)
+    runtime.load(FIRST.packed())
     hidden = torch.randn(5, HIDDEN)
     for what in ("mlp", "residual", "neurons", "mlp"):
         runtime.start_recording(what=what)
@@ -249,15 +249,14 @@ def test_what_is_not_recorded_is_told() -> None:
             call()
 
 
-SERVED = ServedStream("served", "A", LAYERS, HIDDEN)
+SERVED = ServedModel("served", "A", LAYERS, WIDTH, HIDDEN)
 
 
 def make_admission() -> Admission:
-    registry = CircuitRegistry(ServedModel("m", "A", LAYERS, WIDTH))
+    registry = Registry(SERVED)
     registry.register("off", CIRCUIT)
-    vectors = VectorRegistry(SERVED)
-    vectors.register("v", FIRST)
-    return Admission(CnaConfig(max_vectors=2), registry, vectors)
+    registry.register("v", FIRST)
+    return Admission(CnaConfig(max_vectors=2), registry)
 
 
 def test_admission_resolves_vectors_and_keys_blocks_by_them() -> None:
@@ -283,39 +282,37 @@ def test_admission_resolves_vectors_and_keys_blocks_by_them() -> None:
 
 
 def test_circuits_and_vectors_share_one_space_of_names() -> None:
-    gate = make_admission()
-    gate.check_free("new", "circuit")
-    gate.check_free("off", "circuit")  # to be replaced
-    for name, kind, says in (
-        ("v", "circuit", "that of a vector"),
-        ("v", "adapter", "that of a vector"),
-        ("off", "vector", "that of a circuit or adapter"),
-        ("off", "adapter", "that of a circuit"),
-    ):
-        with pytest.raises(CnaConfigError, match=says):
-            gate.check_free(name, kind)  # type: ignore[arg-type]
-    assert gate.names_by_digest() == {CIRCUIT.digest: "off", FIRST.digest: "v"}
-    gate.registry.register("v", CIRCUIT)
-    with pytest.raises(CnaConfigError, match="'v' is that of a circuit"):
-        Admission(gate.config, gate.registry, gate.vectors)
+    registry = make_admission().registry
+    registry.register_adapter("french", Adapter.parse("off@0"))
+    registry.check_free("new", "circuit")
+    registry.check_free("off", "circuit")  # to be replaced
+    held = {"off": "circuit", "v": "vector", "french": "adapter"}
+    for name, kind in held.items():
+        for other in set(held.values()) - {kind}:
+            with pytest.raises(CnaConfigError, match=f"that of an? {kind}; choose another"):
+                registry.check_free(name, other)  # type: ignore[arg-type]
+        with pytest.raises(CnaConfigError, match=f"served model, and of an? {kind} too"):
+            registry.reserve([name])
+    with pytest.raises(CnaConfigError, match="that of a served model"):
+        registry.check_free("french", "adapter")
+    assert registry.names().digests() == {CIRCUIT.digest: "off", FIRST.digest: "v"}
+    with pytest.raises(CnaConfigError, match="'v' is that of a vector"):
+        registry.register("v", CIRCUIT)
 
 
 def test_the_registry_refuses_what_does_not_fit(tmp_path: Path) -> None:
-    registry = VectorRegistry(SERVED)
+    registry = Registry(SERVED)
     with pytest.raises(VectorError, match="do not fit 'served'"):
         registry.register("v", VectorSet("mlp", "m", "A", 9, HIDDEN, FIRST.vectors))
     with pytest.raises(VectorError, match="'residual' is not supported for A"):
         registry.register("v", VectorSet("residual", "m", "A", LAYERS, HIDDEN, SECOND.vectors))
     with pytest.raises(CnaConfigError):
         registry.register("", FIRST)
-    assert registry.vectors() == {}
+    assert registry.names().vectors == {}
     path = tmp_path / "v.safetensors"
     FIRST.save(path)
-    config = CnaConfig(vectors={"v": str(path)}, max_vectors=1, vector_digests={"v": FIRST.digest})
-    assert VectorRegistry.from_config(config, SERVED).digest("v") == FIRST.digest
-    SECOND.save(path)
-    with pytest.raises(CnaConfigError, match="changed while the engine started"):
-        VectorRegistry.from_config(config, SERVED)
+    registry = Registry.from_config(CnaConfig(vectors={"v": str(path)}, max_vectors=1), SERVED)
+    assert registry.digest("vector", "v") == FIRST.digest
 
 
 @pytest.mark.parametrize(
@@ -328,7 +325,6 @@ def test_the_registry_refuses_what_does_not_fit(tmp_path: Path) -> None:
         ({"max_vectors": -1}, r"cna\.max_vectors must be a whole number of at least 0"),
         ({"max_vectors": True}, r"cna\.max_vectors"),
         ({"max_vectors_per_request": 0}, r"cna\.max_vectors_per_request"),
-        ({"vector_digests": 1}, r"cna\.vector_digests is set by the engine"),
         (
             {"circuits": {"x": "x.json"}, "vectors": {"x": "x.st"}, "max_vectors": 1},
             "name of a circuit",

@@ -132,7 +132,7 @@ class Study:
     ) -> VectorSet:
         """The mean differences of a contrast, kept as `NAME.safetensors`, resident as `name`."""
         from cna_vllm.baselines import discover_vectors
-        from cna_vllm.serving.vector_control import list_vectors, load_vectors
+        from cna_vllm.serving.control import list_vectors, load_vectors
 
         path = self.folder / f"{name}.safetensors"
         if path.exists():
@@ -198,7 +198,7 @@ class Study:
         known: dict[str, Any] = dict(list_circuits(self.llm))
         named = {name for arm in arms for name, _ in (*arm.circuits, *arm.vectors)}
         if named - {*known}:
-            from cna_vllm.serving.vector_control import list_vectors
+            from cna_vllm.serving.control import list_vectors
 
             known |= list_vectors(self.llm)
         return {name: {"digest": known[name].digest} for name in sorted(named)}

@@ -14,7 +14,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from dataclasses import asdict
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -26,8 +25,8 @@ from cna_vllm.serving.admission import Admission
 from cna_vllm.serving.beneath import PathError, read_beneath
 from cna_vllm.serving.config import CnaConfigError
 from cna_vllm.serving.metrics import control_metrics
-from cna_vllm.serving.registry import Names
-from cna_vllm.serving.seams.engines import call_every_engine
+from cna_vllm.serving.registry import Content, Names
+from cna_vllm.serving.seams.engines import call_every_engine, ready
 from cna_vllm.serving.seams.served_names import ServedNames
 from cna_vllm.serving.store import StoreError
 
@@ -68,7 +67,7 @@ class ControlPlane:
         started = time.monotonic()
         async with self._change("load_circuit", circuit=name):
             self._check_name(name, adapter=False)
-            previous = self._registry.circuits().get(name)
+            previous = self._registry.names().circuits.get(name)
             if previous is not None and not load_inplace:
                 raise ControlError(
                     "circuit_name",
@@ -86,16 +85,15 @@ class ControlPlane:
         control_metrics().load_seconds.observe(time.monotonic() - started)
         return circuit
 
-    async def unload_circuit(self, name: str) -> Circuit:
+    async def unload_circuit(self, name: str) -> None:
         """Forgets a circuit; running requests finish on it."""
         async with self._change("unload_circuit", circuit=name):
             self._check_pinned(name, "circuit_name")
-            if name not in self._registry.circuits():
+            if name not in self._registry.names().circuits:
                 raise ControlError("circuit_name", f"no circuit is named {show(name)}", 404)
-            circuit = _told("circuit_name", lambda: self._registry.unregister(name))
+            circuit = _told("circuit_name", lambda: self._registry.unregister("circuit", name))
             await self._persist()
             await self._retire(circuit)
-        return circuit
 
     async def load_adapter(
         self, name: str, adapter: dict[str, Any], *, load_inplace: bool = False
@@ -128,14 +126,9 @@ class ControlPlane:
         return adapter
 
     async def reconcile(self) -> None:
-        """Once per start: workers hold what the registry names, and nothing else."""
+        """Once per start, before anything is served: all engines hold what the registry names."""
         async with self._change("start"):
-            wanted = {c.digest: c for c in self._registry.circuits().values()}
-            loaded = [set(worker["circuits"]) for worker in chain(*await self.status())]
-            for digest in sorted(set().union(*loaded) - set(wanted)):
-                await self._rpc("cna_unload", digest)
-            for digest in sorted(set(wanted) - set.intersection(*loaded)):
-                await self._make_resident(wanted[digest])
+            await ready(self._engine)
 
     async def names(self) -> tuple[Names, frozenset[str]]:
         """All names now, and which of them are pinned."""
@@ -190,8 +183,8 @@ class ControlPlane:
             )
         try:
             raw = read_beneath(config.circuit_dir, path, config.max_file_bytes)
-            circuit = Circuit.from_dict(parse_json(raw), **asdict(served))
-            self._registry.check(circuit)
+            circuit = Circuit.from_dict(parse_json(raw), **served.of_circuits())
+            served.check(circuit)
         except (PathError, CircuitError) as error:
             raise ControlError("circuit_path", str(error)) from error
         if len(circuit) > config.max_neurons:
@@ -205,7 +198,7 @@ class ControlPlane:
     def _check_name(self, name: str, *, adapter: bool) -> None:
         field = "adapter_name" if adapter else "circuit_name"
         self._check_pinned(name, field)
-        _told(field, lambda: self._gate.check_free(name, "adapter" if adapter else "circuit"))
+        _told(field, lambda: self._registry.check_free(name, "adapter" if adapter else "circuit"))
         if self._others.is_base(name) or self._others.is_lora(name):
             raise ControlError(field, f"{show(name)} is the name of a model or of a LoRA adapter")
 
@@ -218,7 +211,8 @@ class ControlPlane:
     async def _make_resident(self, circuit: Circuit) -> None:
         """On all engines or on none: those that took what another did not, give it back."""
         try:
-            for report in chain(*await self._rpc("cna_load", circuit.to_dict())):
+            content = await asyncio.to_thread(circuit.packed)
+            for report in chain(*await self._rpc("cna_load", *content)):
                 if report["refused"]:
                     raise ControlError(FIELD_CIRCUIT, report["refused"], 409)
         except Exception as error:
@@ -251,9 +245,9 @@ class ControlPlane:
                 await self._retire(circuit)
             raise
 
-    async def _retire(self, circuit: Circuit) -> None:
-        if circuit.digest not in self._registry.names().digests():
-            await self._rpc("cna_unload", circuit.digest)
+    async def _retire(self, content: Content) -> None:
+        if content.digest not in self._registry.names().digests():
+            await self._rpc("cna_unload", content.digest)
 
     async def _rpc(self, method: str, *args: Any) -> list[list[Any]]:
         """One call of all workers of all engines, and their answers by engine. A call that an

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.datastructures import State
 
-    from cna_vllm.serving.admission import Admission
     from cna_vllm.serving.http.control_plane import ControlPlane
+    from cna_vllm.serving.registry import Registry
 
 logger = logging.getLogger("vllm.cna")
 STATUS_SECONDS = 5.0
@@ -64,10 +64,11 @@ class CnaEndpoints:
         # /metrics adds up the counters of all API servers, and the workers' are the same for each.
         if rank <= 0:
             # Kept by the state: a task that nothing refers to may vanish.
-            state.cna_status_task = asyncio.create_task(read_counters(engine_client, control, gate))
+            reading = read_counters(engine_client, control, gate.registry)
+            state.cna_status_task = asyncio.create_task(reading)
 
 
-async def read_counters(engine_client: Any, control: ControlPlane, gate: Admission) -> None:
+async def read_counters(engine_client: Any, control: ControlPlane, registry: Registry) -> None:
     """Until the engine ends: workers count in their own processes, Prometheus asks this one."""
     from cna_vllm.serving.metrics import control_metrics
 
@@ -75,7 +76,7 @@ async def read_counters(engine_client: Any, control: ControlPlane, gate: Admissi
         await asyncio.sleep(STATUS_SECONDS)
         try:
             reports = [workers[0] for workers in await control.status()]
-            names = gate.names_by_digest()
+            names = registry.names().digests()
         except Exception as error:
             # The engine is ending or a change is half made: the next look tells.
             logger.warning("cna action=status outcome=failed reason=%r", str(error))

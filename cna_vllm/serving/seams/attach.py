@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a loaded model to a rank's steering runtime with what is configured resident."""
+"""Seam of a loaded model: from it to a rank's steering runtime."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import torch
 from torch import nn
 
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
-from cna_vllm.serving.registry import CircuitRegistry
 from cna_vllm.serving.runtime import SteeringRuntime
-from cna_vllm.serving.seams.model import gated_mlps, served_model, served_stream
-from cna_vllm.serving.vector_registry import VectorRegistry
+from cna_vllm.serving.seams.model import gated_mlps, served_model
 from cna_vllm.vectors import RESIDUAL_ARCHITECTURES
 
 
 def attach(vllm_config: Any, model: nn.Module, device: torch.device) -> SteeringRuntime:
-    """Hooks a loaded target model and makes the configured circuits and vectors resident."""
+    """Hooks a loaded target model. What is configured is pushed to it: see ``engines``."""
     config = CnaConfig.from_additional_config(vllm_config.additional_config)
     if config is None:
         raise CnaConfigError("the engine was not configured to steer")
@@ -29,7 +27,7 @@ def attach(vllm_config: Any, model: nn.Module, device: torch.device) -> Steering
     scheduler = vllm_config.scheduler_config
     model_config = vllm_config.model_config
     served = served_model(model_config)
-    runtime = SteeringRuntime(
+    return SteeringRuntime(
         gated_mlps(model, served),
         config,
         hidden_size=model_config.get_hidden_size(),
@@ -39,11 +37,3 @@ def attach(vllm_config: Any, model: nn.Module, device: torch.device) -> Steering
         max_num_tokens=scheduler.max_num_batched_tokens,
         record_stream=served.architecture in RESIDUAL_ARCHITECTURES,
     )
-    for circuit in CircuitRegistry.from_config(config, served).circuits().values():
-        runtime.load(circuit)
-    if config.max_vectors:
-        for vectors in (
-            VectorRegistry.from_config(config, served_stream(model_config)).vectors().values()
-        ):
-            runtime.load_vectors(vectors)
-    return runtime

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from cna_vllm.packed import Packed
 from cna_vllm.request import RESOLVED_FIELD, Steering, SteeringError
 from cna_vllm.serving.cache_keys import steering_block_key
 from cna_vllm.serving.config import CnaConfig
@@ -18,6 +19,7 @@ from cna_vllm.serving.seams.wrapping import wrap
 from cna_vllm.serving.table import CircuitTableError
 
 logger = logging.getLogger("vllm.cna")
+ASLEEP = "the engine sleeps, and its memory is elsewhere; wake it up first"
 
 
 def install() -> None:
@@ -49,22 +51,24 @@ def _block_keys(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     return _gen_prompt_embeds_extra_hash_keys
 
 
-class ResidentCircuits:
+class ResidentContent:
     """What the workers of one core hold, and which of it requests on their way still need.
 
     Requests of several front ends and their loads reach the core through queues of their own, so
-    only the core can tell that a request was overtaken by the eviction of its circuit.
+    only the core can tell that a request was overtaken by the eviction of its circuit. The lock is
+    never held while workers load.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._loaded: set[str] = set()
         self._resident: frozenset[str] = frozenset()
         self._pending: dict[str, tuple[str, ...]] = {}
 
     def hold(self, request_id: str, digests: tuple[str, ...]) -> None:
-        """Keeps circuits for a request until ``release``. Raises CircuitTableError for one that is
-        not there: that fails the request, where a worker could only fail the engine."""
-        with self.lock:
+        """Keeps content for a request until ``release``. Raises CircuitTableError for what is not
+        there: that fails the request, where a worker could only fail the engine."""
+        with self._lock:
             for digest in digests:
                 if digest not in self._resident:
                     raise CircuitTableError(
@@ -75,16 +79,29 @@ class ResidentCircuits:
 
     def release(self, request_id: str) -> None:
         """The scheduler knows the request now, or never will; unknown ids are fine."""
-        self._pending.pop(request_id, None)
+        with self._lock:
+            self._pending.pop(request_id, None)
 
-    def wanted(self, requests: Iterable[Any]) -> list[str]:
-        """Digests of the scheduler's requests and of those on their way; call under the lock."""
-        digests = {d for request in requests for d in _digests(request)}
-        return sorted(digests.union(*self._pending.values()))
+    def begin_load(self, requests: Iterable[Any]) -> list[str]:
+        """Digests of the scheduler's requests and of those on their way. What is unloaded and not
+        among them may be overwritten: from now on no request gets it."""
+        known = {d for request in requests for d in _digests(request)}
+        with self._lock:
+            wanted = known.union(*self._pending.values())
+            self._resident &= self._loaded | wanted
+        return sorted(wanted)
 
-    def update(self, reports: Iterable[Mapping[str, Any]]) -> None:
-        """What all workers hold, at the start and after a load; call under the lock."""
-        self._resident = frozenset.intersection(*(frozenset(r["resident"]) for r in reports))
+    def end_load(self, digest: str, reports: Iterable[Mapping[str, Any]]) -> None:
+        """What all workers hold after a load, or after one that failed."""
+        with self._lock:
+            self._resident = frozenset.intersection(*(frozenset(r["resident"]) for r in reports))
+            if digest in self._resident:
+                self._loaded.add(digest)
+
+    def unload(self, digest: str) -> None:
+        """Its row stays until it is needed."""
+        with self._lock:
+            self._loaded.discard(digest)
 
 
 def _digests(request: Any) -> Iterator[str]:
@@ -93,24 +110,17 @@ def _digests(request: Any) -> Iterator[str]:
         yield from Steering.from_field(resolved).digests
 
 
-def _circuits_of(core: Any) -> ResidentCircuits:
+def _content_of(core: Any) -> ResidentContent:
     """Made on first use: a core loads plugins, and with them these seams, while it is built."""
-    circuits: ResidentCircuits = vars(core).setdefault("cna_circuits", ResidentCircuits())
-    return circuits
+    content: ResidentContent = vars(core).setdefault("cna_content", ResidentContent())
+    return content
 
 
 def _initialize_kv_caches(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The last thing a core does while it is built; its workers hold what they start with."""
-
     def initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
         config = CnaConfig.from_additional_config(vllm_config.additional_config)
         self.cna_admission = CoreAdmission(config)
-        result = original(self, vllm_config)
-        if config is not None:
-            circuits = _circuits_of(self)
-            with circuits.lock:
-                circuits.update(self.model_executor.collective_rpc("cna_status"))
-        return result
+        return original(self, vllm_config)
 
     return initialize_kv_caches
 
@@ -128,12 +138,12 @@ def _preprocess_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
             raise validation_error(error) from error
         if steering is None:
             return original(self, request)
-        circuits = _circuits_of(self)
-        circuits.hold(request.request_id, steering.digests)
+        content = _content_of(self)
+        content.hold(request.request_id, steering.digests)
         try:
             return original(self, request)
         except BaseException:
-            circuits.release(request.request_id)
+            content.release(request.request_id)
             raise
 
     return preprocess_add_request
@@ -146,7 +156,7 @@ def _add_request(original: Callable[..., None]) -> Callable[..., None]:
         try:
             original(self, request, *args, **kwargs)
         finally:
-            _circuits_of(self).release(request.request_id)
+            _content_of(self).release(request.request_id)
 
     return add_request
 
@@ -161,7 +171,7 @@ def _handle_client_request(original: Callable[..., None]) -> Callable[..., None]
             original(self, request_type, request)
         finally:
             if request_type == EngineCoreRequestType.ADD:
-                _circuits_of(self).release(request[0].request_id)
+                _content_of(self).release(request[0].request_id)
 
     return handle_client_request
 
@@ -200,19 +210,24 @@ def _collective_rpc(original: Callable[..., list[Any]]) -> Callable[..., list[An
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> list[Any]:
-        if method not in ("cna_load", "cna_load_vectors"):
+        if method not in ("cna_load", "cna_unload"):
             return original(self, method, timeout, args, kwargs)
-        circuits = _circuits_of(self)
-        with circuits.lock:
-            wanted = circuits.wanted(self.scheduler.requests.values())
-            try:
-                kwargs = {**(kwargs or {}), "wanted": wanted}
-                reports = original(self, method, timeout, args, kwargs)
-            except Exception:
-                # Some worker may have overwritten a row before another failed.
-                circuits.update(original(self, "cna_status"))
-                raise
-            circuits.update(reports)
+        content = _content_of(self)
+        if method == "cna_unload":
+            content.unload(args[0])
+            return original(self, method, timeout, args, kwargs)
+        if self.model_executor.is_sleeping:
+            return [{"resident": [], "refused": ASLEEP}]
+        wanted = content.begin_load(self.scheduler.requests.values())
+        digest = Packed(*args).digest
+        try:
+            kwargs = {**(kwargs or {}), "wanted": wanted}
+            reports = original(self, method, timeout, args, kwargs)
+        except Exception:
+            # Some worker may have overwritten a row before another failed.
+            content.end_load(digest, original(self, "cna_status"))
+            raise
+        content.end_load(digest, reports)
         return reports
 
     return collective_rpc

@@ -3,18 +3,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from cna_vllm.packed import Packed
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.seams.wrapping import wrap
 
 
 def install() -> None:
-    """Servers that are started from now on are refused where nobody would admit requests."""
+    """Engines that are built from now on get what is configured before their first request;
+    servers are refused where nobody would admit requests."""
     from vllm.v1.engine import utils
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.llm_engine import LLMEngine
 
     wrap(utils, "bind_engine_zmq_listeners", _bind_engine_zmq_listeners)
+    wrap(LLMEngine, "__init__", _llm_engine_init)
+    wrap(AsyncLLM, "add_request", _async_add_request)
+
+
+def _llm_engine_init(original: Callable[..., None]) -> Callable[..., None]:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        for content in _contents(self):
+            for report in self.collective_rpc("cna_load", args=tuple(content)):
+                _refuse(report)
+
+    return __init__
+
+
+def _async_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        await ready(self)
+        return await original(self, *args, **kwargs)
+
+    return add_request
+
+
+async def ready(engine_client: Any) -> None:
+    """Returns when every engine holds what this front end's names stood for when it was first
+    asked. Raises CnaConfigError, each time, where one does not take it."""
+    held = vars(engine_client)
+    if "cna_ready" not in held:
+        held["cna_ready"] = asyncio.ensure_future(_push(engine_client))
+    if not held["cna_ready"].done() or held["cna_ready"].exception() is not None:
+        await asyncio.shield(held["cna_ready"])
+
+
+async def _push(engine_client: Any) -> None:
+    for content in await asyncio.to_thread(_contents, engine_client):
+        for reports in await call_every_engine(engine_client, "cna_load", tuple(content)):
+            for report in reports:
+                _refuse(report)
+
+
+def _contents(engine: Any) -> list[Packed]:
+    """What the names of an engine's front end stand for."""
+    gate = engine.input_processor.cna_admission
+    if gate is None:
+        return []
+    contents = {c.digest: c for c in gate.registry.names().contents.values()}
+    return [content.packed() for content in contents.values()]
+
+
+def _refuse(report: Mapping[str, Any]) -> None:
+    if report["refused"]:
+        raise CnaConfigError(f"cna: a worker cannot hold what is configured: {report['refused']}")
 
 
 async def call_every_engine(engine_client: Any, method: str, args: tuple[Any, ...]) -> list[Any]:

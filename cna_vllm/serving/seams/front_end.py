@@ -9,15 +9,14 @@ from typing import Any
 
 from cna_vllm.request import FIELD_CIRCUIT, FIELD_RECORD, RESOLVED_FIELD, SteeringError
 from cna_vllm.serving import admission
-from cna_vllm.serving.config import CONFIG_KEY, CnaConfig, CnaConfigError
+from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.metrics import admit_counted
-from cna_vllm.serving.registry import CircuitRegistry
+from cna_vllm.serving.registry import Registry
 from cna_vllm.serving.seams import api_server
 from cna_vllm.serving.seams.engines import refuse_partial_control
-from cna_vllm.serving.seams.model import refuse_unsupported, served_model, served_stream
+from cna_vllm.serving.seams.model import refuse_unsupported, served_model
 from cna_vllm.serving.seams.offline import gate_of
 from cna_vllm.serving.seams.wrapping import wrap
-from cna_vllm.serving.vector_registry import VectorRegistry
 
 ADMISSION_ATTRIBUTE = "cna_admission"
 
@@ -40,17 +39,8 @@ def _front_end_init(original: Callable[..., None]) -> Callable[..., None]:
             return
         refuse_unsupported(vllm_config)
         refuse_partial_control(config, vllm_config.parallel_config)
-        registry = CircuitRegistry.from_config(config, served_model(vllm_config.model_config))
-        vectors = None
-        if config.max_vectors:
-            vectors = VectorRegistry.from_config(config, served_stream(vllm_config.model_config))
-        self.cna_admission = admission.Admission(config, registry, vectors)
-        # Workers read the same files a little later: they refuse any other content.
-        section = dict(vllm_config.additional_config[CONFIG_KEY])
-        section["digests"] = {n: registry.circuits()[n].digest for n in config.circuits}
-        if vectors is not None:
-            section["vector_digests"] = {n: v.digest for n, v in vectors.vectors().items()}
-        vllm_config.additional_config[CONFIG_KEY] = section
+        registry = Registry.from_config(config, served_model(vllm_config.model_config))
+        self.cna_admission = admission.Admission(config, registry)
         api_server.install()
 
     return __init__

@@ -15,11 +15,11 @@ from cna_vllm.serving.gated_mlp import (
     find_gated_mlps,
 )
 from cna_vllm.serving.registry import ServedModel
-from cna_vllm.serving.vector_registry import ServedStream
 
 
 def served_model(model_config: Any) -> ServedModel:
-    """What circuits must fit, from vLLM's model configuration; ``gated_mlps`` holds it to that.
+    """What circuits and vectors must fit, from vLLM's model configuration; ``gated_mlps`` holds
+    the model to that.
 
     The name is the one that clients know: messages and lists show it to them, and the model's own
     may be a path.
@@ -35,15 +35,6 @@ def served_model(model_config: Any) -> ServedModel:
         architecture=model_config.architectures[0],
         num_layers=model_config.get_total_num_hidden_layers(),
         intermediate_size=width,
-    )
-
-
-def served_stream(model_config: Any) -> ServedStream:
-    """What vectors must fit, from vLLM's model configuration."""
-    return ServedStream(
-        model=model_config.served_model_name,
-        architecture=model_config.architectures[0],
-        num_layers=model_config.get_total_num_hidden_layers(),
         hidden_size=model_config.get_hidden_size(),
     )
 
