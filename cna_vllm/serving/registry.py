@@ -103,6 +103,7 @@ class Registry:
         self._reserved: frozenset[str] = frozenset()
         self._names = Names()
         self._stamp: tuple[int, ...] = ()
+        self._failure: Exception | None = None
         self._lock = threading.Lock()
 
     @classmethod
@@ -133,8 +134,8 @@ class Registry:
         for name in sorted(self._reserved):
             if (kind := current.kind(name)) is not None:
                 raise CnaConfigError(
-                    f"the name {name!r} is that of a served model, and of {_a(kind)} too; give one "
-                    "of them another name"
+                    f"the name {name!r} is that of a served model, and of {a_kind(kind)} too; "
+                    "give one of them another name"
                 )
 
     def check_free(self, name: str, kind: Literal["circuit", "vector", "adapter"]) -> None:
@@ -144,7 +145,8 @@ class Registry:
         if name in self._reserved:
             raise CnaConfigError(f"the name {show(name)} is that of a served model; choose another")
         if (other := self._names.kind(name)) not in (None, kind):
-            raise CnaConfigError(f"the name {show(name)} is that of {_a(other)}; choose another")
+            problem = f"the name {show(name)} is that of {a_kind(other)}; choose another"
+            raise CnaConfigError(problem)
 
     def register(self, name: str, content: Content) -> None:
         """Lets ``name`` stand for ``content`` from now on; workers must hold it already."""
@@ -195,15 +197,20 @@ class Registry:
         not known then, and the reason is the operator's, who finds it in the log.
         """
         if self.is_stale():
-            try:
-                self.refresh()
-            except (OSError, ValueError) as error:
-                logger.error("the registry directory cannot be served: %s", error)
-                raise SteeringError(
-                    FIELD_CIRCUIT,
-                    "the server's registry of circuits cannot be read; ask its operator",
-                ) from error
+            self.catch_up()
+        if self._failure is not None:
+            raise SteeringError(
+                FIELD_CIRCUIT, "the server's registry of circuits cannot be read; ask its operator"
+            ) from self._failure
         return self._names
+
+    def catch_up(self) -> None:
+        """``refresh``; a failure is logged, and told by ``names`` until the directory changes. A
+        server calls this in a thread before it looks at a request, which then reads no file."""
+        try:
+            self.refresh()
+        except (OSError, ValueError) as error:
+            logger.error("the registry directory cannot be served: %s", error)
 
     def is_stale(self) -> bool:
         """Whether another process has changed the registry directory; one ``stat``."""
@@ -227,14 +234,15 @@ class Registry:
                 # The stamp first: what is written after it is seen by the next look.
                 stamp = self.store.stamp()
                 try:
-                    self._names = self._read(self.store)
-                except StoreError:
-                    # A writer removes files only after the manifest that no longer names them.
-                    if self.store.stamp() == stamp:
-                        raise
-                else:
+                    self._names, self._failure = self._read(self.store), None
+                except (OSError, ValueError) as error:
+                    self._failure = error
+                # A writer removes files only after the manifest that no longer names them.
+                if self._failure is None or self.store.stamp() == stamp:
                     self._stamp = stamp
-                    return
+                    break
+        if self._failure is not None:
+            raise self._failure
 
     def _read(self, store: RegistryStore) -> Names:
         names, stored = self._names, store.read()
@@ -283,5 +291,6 @@ def _without(mapping: Mapping[str, T], name: str) -> dict[str, T]:
     return {n: value for n, value in mapping.items() if n != name}
 
 
-def _a(kind: str | None) -> str:
+def a_kind(kind: str | None) -> str:
+    """A kind with its article."""
     return "an adapter" if kind == "adapter" else f"a {kind}"

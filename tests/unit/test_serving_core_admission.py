@@ -10,10 +10,16 @@ import msgspec
 import pytest
 
 from cna_vllm.request import Steering, SteeringError
-from cna_vllm.serving.cache_keys import steering_block_key
+from cna_vllm.serving.cache_keys import steering_key
 from cna_vllm.serving.config import CnaConfig
 from cna_vllm.serving.core_admission import CoreAdmission
 from cna_vllm.serving.seal import Seal, deployment_secret
+
+
+def block_key(extra_args: Any, prompt_len: int, end: int) -> tuple[str, str] | None:
+    key = steering_key(extra_args, prompt_len)
+    return None if key is None else key.of_block(end)
+
 
 A, B, V = "a" * 64, "b" * 64, "c" * 64
 CONFIG = CnaConfig(max_multiplier=0.1, max_circuits_per_request=2, max_vectors_per_request=1)
@@ -47,7 +53,7 @@ def test_plain_requests_pass_everywhere() -> None:
 
 def test_a_seal_changes_no_cache_key() -> None:
     plain = {"cna_resolved": ADMITTED.to_field()}
-    assert steering_block_key(sealed(ADMITTED), 9, 16) == steering_block_key(plain, 9, 16)
+    assert block_key(sealed(ADMITTED), 9, 16) == block_key(plain, 9, 16)
 
 
 RESOLVED = ADMITTED.to_field()

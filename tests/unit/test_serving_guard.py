@@ -35,6 +35,10 @@ class Echo:
             await send({"type": "http.response.body", "body": b"{}"})
 
 
+async def current(app: Any) -> None:
+    pass
+
+
 def ask(
     messages: Sequence[dict[str, Any]],
     path: str = "/v1/completions",
@@ -54,7 +58,7 @@ def ask(
 
     full = {"type": "http", "method": "POST", "path": path, "query_string": b"", "app": None}
     full |= {"headers": [(b"content-type", b"application/json")], **scope}
-    asyncio.run(SteeringGuard(echo, names=lambda app: names)(full, receive, send))
+    asyncio.run(SteeringGuard(echo, names=lambda app: names, catch_up=current)(full, receive, send))
     if full["type"] == "websocket":
         return sent[0].get("code", 0) if sent else 0, {}, echo.received
     body = b"".join(message.get("body", b"") for message in sent)
@@ -189,6 +193,6 @@ def test_the_lifespan_is_let_alone() -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    guard = SteeringGuard(application, names=lambda app: ())
+    guard = SteeringGuard(application, names=lambda app: (), catch_up=current)
     asyncio.run(guard({"type": "lifespan"}, SimpleNamespace(), send))
     assert sent == ["lifespan"]

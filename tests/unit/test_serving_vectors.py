@@ -17,7 +17,7 @@ from cna_vllm.circuit import Circuit, Neuron
 from cna_vllm.request import Steering, SteeringError
 from cna_vllm.serving.adapter import Adapter
 from cna_vllm.serving.admission import Admission
-from cna_vllm.serving.cache_keys import steering_block_key
+from cna_vllm.serving.cache_keys import steering_key
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.gated_mlp import GatedMlp, UnsupportedModelError
 from cna_vllm.serving.registry import Registry, ServedModel
@@ -25,6 +25,12 @@ from cna_vllm.serving.runtime import SteeringRuntime
 from cna_vllm.serving.table import CircuitTableError
 from cna_vllm.serving.vector_table import VectorTable
 from cna_vllm.vectors import VectorError, VectorSet
+
+
+def block_key(extra_args: Any, prompt_len: int, end: int) -> tuple[str, str] | None:
+    key = steering_key(extra_args, prompt_len)
+    return None if key is None else key.of_block(end)
+
 
 HIDDEN, WIDTH, LAYERS = 6, 13, 3
 
@@ -268,9 +274,9 @@ def test_admission_resolves_vectors_and_keys_blocks_by_them() -> None:
         ((CIRCUIT.digest, 0.0),), "all", ((FIRST.digest, -1.0),)
     )
     alone = gate.admit(steer_vector("v", -1.0, scope="generated"))
-    keys = {steering_block_key(fields, 8, 32) for fields in (admitted, alone)}
+    keys = {block_key(fields, 8, 32) for fields in (admitted, alone)}
     assert len(keys) == 2 and None not in keys
-    assert steering_block_key(alone, 32, 32) is None
+    assert block_key(alone, 32, 32) is None
     assert gate.admit(steer_vector("v", 0.0)) == {}
     for fields, says in (
         (steer_vector("w", 0.0), "no vector is named 'w'; known vectors: v"),

@@ -55,14 +55,24 @@ _CLOSE_FOR_POLICY = 1008
 
 
 class SteeringGuard:
-    """ASGI middleware. names: of circuits and adapters, for an application."""
+    """ASGI middleware."""
 
-    def __init__(self, app: App, names: Callable[[Any], Iterable[str]]) -> None:
+    def __init__(
+        self,
+        app: App,
+        names: Callable[[Any], Iterable[str]],
+        catch_up: Callable[[Any], Awaitable[None]],
+    ) -> None:
+        """names: of circuits and adapters, for an application. catch_up: awaited before each HTTP
+        request, so that what follows finds the names as they are now."""
         self._app = app
         self._names = names
+        self._catch_up = catch_up
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = _route_path(scope)
+        if scope["type"] == "http":
+            await self._catch_up(scope["app"])
         if scope["type"] == "websocket":
             receive = _checked(receive, send)
         elif (

@@ -20,6 +20,7 @@ from cna_vllm.request import FIELD_CIRCUIT, FIELD_PREFIX, RESOLVED_FIELD, Steeri
 from cna_vllm.serving import admission
 from cna_vllm.serving.adapter import Adapter
 from cna_vllm.serving.metrics import admit_counted
+from cna_vllm.serving.registry import a_kind
 from cna_vllm.serving.seams import batch_runner, http_app
 from cna_vllm.serving.seams.http_app import gate_of
 from cna_vllm.serving.seams.wrapping import wrap
@@ -97,10 +98,10 @@ def _check_load_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 
         gate = gate_of(self)
         names = gate.registry.names() if gate is not None else None
-        if names and (request.lora_name in names.circuits or request.lora_name in names.adapters):
+        if names and (kind := names.kind(request.lora_name)) is not None:
             return create_error_response(
-                f"lora_name: {show(request.lora_name)} is the name of a circuit or of an adapter; "
-                "choose another"
+                f"lora_name: {show(request.lora_name)} is the name of {a_kind(kind)} of "
+                "cna_vllm; choose another"
             )
         return await original(self, request)
 
@@ -230,8 +231,7 @@ def _is_model_supported(original: Callable[..., bool]) -> Callable[..., bool]:
         gate = gate_of(self.models)
         if gate is None or not model_name or self.models.is_base_model(model_name):
             return True
-        names = gate.registry.names()
-        return model_name not in names.adapters and model_name not in names.circuits
+        return gate.registry.names().kind(model_name) is None
 
     return _is_model_supported
 

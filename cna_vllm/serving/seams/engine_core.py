@@ -11,18 +11,18 @@ from typing import Any
 
 from cna_vllm.packed import Packed
 from cna_vllm.request import RESOLVED_FIELD, Steering, SteeringError
-from cna_vllm.serving.cache_keys import steering_block_key
+from cna_vllm.serving.cache_keys import BlockKey, steering_key
 from cna_vllm.serving.config import CnaConfig
 from cna_vllm.serving.core_admission import CoreAdmission
 from cna_vllm.serving.seams.api_server import validation_error
-from cna_vllm.serving.seams.wrapping import wrap
+from cna_vllm.serving.seams.wrapping import Wrap, wrap
 from cna_vllm.serving.table import CircuitTableError
 
 logger = logging.getLogger("vllm.cna")
 ASLEEP = "the engine sleeps, and its memory is elsewhere; wake it up first"
 
 
-def install() -> None:
+def install(wrap: Wrap = wrap) -> None:
     """Cores that are built from now on refuse what was not admitted, key their blocks and guard
     their circuits."""
     from vllm.v1.core import kv_cache_utils
@@ -45,7 +45,11 @@ def _block_keys(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         params = request.sampling_params
         if params is None or not params.extra_args:
             return keys
-        key = steering_block_key(params.extra_args, request.num_prompt_tokens, end_token_idx)
+        held = vars(request)
+        if "cna_key" not in held:
+            held["cna_key"] = steering_key(params.extra_args, request.num_prompt_tokens)
+        steered: BlockKey | None = held["cna_key"]
+        key = None if steered is None else steered.of_block(end_token_idx)
         return keys if key is None else [*keys, key]
 
     return _gen_prompt_embeds_extra_hash_keys

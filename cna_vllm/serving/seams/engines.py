@@ -9,10 +9,10 @@ from typing import Any
 
 from cna_vllm.packed import Packed
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
-from cna_vllm.serving.seams.wrapping import wrap
+from cna_vllm.serving.seams.wrapping import Wrap, wrap
 
 
-def install() -> None:
+def install(wrap: Wrap = wrap) -> None:
     """Engines that are built from now on get what is configured before their first request;
     servers are refused where nobody would admit requests."""
     from vllm.v1.engine import utils

@@ -9,10 +9,10 @@ from typing import Any
 from cna_vllm.request import FIELD_MULTIPLIER
 from cna_vllm.serving.ledger import failure_of
 from cna_vllm.serving.metrics import control_metrics
-from cna_vllm.serving.seams.wrapping import wrap
+from cna_vllm.serving.seams.wrapping import Wrap, wrap
 
 
-def install() -> None:
+def install(wrap: Wrap = wrap) -> None:
     """Outputs that are processed from now on tell errors of steering."""
     from vllm.v1.engine.output_processor import OutputProcessor
 

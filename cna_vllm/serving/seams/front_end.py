@@ -16,12 +16,12 @@ from cna_vllm.serving.seams import api_server
 from cna_vllm.serving.seams.engines import refuse_partial_control
 from cna_vllm.serving.seams.model import refuse_unsupported, served_model
 from cna_vllm.serving.seams.offline import gate_of
-from cna_vllm.serving.seams.wrapping import wrap
+from cna_vllm.serving.seams.wrapping import Wrap, wrap
 
 ADMISSION_ATTRIBUTE = "cna_admission"
 
 
-def install() -> None:
+def install(wrap: Wrap = wrap) -> None:
     """Input processors that are built from now on have an admission gate, if configured."""
     from vllm.v1.engine.input_processor import InputProcessor
 
@@ -41,7 +41,11 @@ def _front_end_init(original: Callable[..., None]) -> Callable[..., None]:
         refuse_partial_control(config, vllm_config.parallel_config)
         registry = Registry.from_config(config, served_model(vllm_config.model_config))
         self.cna_admission = admission.Admission(config, registry)
-        api_server.install()
+        try:
+            api_server.install()
+        except (AttributeError, ImportError) as error:
+            problem = f"cna: this vLLM cannot be steered: api_server: {error}"
+            raise CnaConfigError(problem) from error
 
     return __init__
 

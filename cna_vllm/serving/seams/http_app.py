@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any
@@ -29,7 +30,7 @@ def _init_entrypoints_middleware(original: Callable[..., None]) -> Callable[...,
 
     def init_entrypoints_middleware(args: Any, app: Any, *more: Any, **kwargs: Any) -> None:
         app.add_route("/v1/models/{model:path}", _model, methods=["GET"])
-        app.add_middleware(SteeringGuard, names=_names)
+        app.add_middleware(SteeringGuard, names=_names, catch_up=_catch_up)
         original(args, app, *more, **kwargs)
 
     return init_entrypoints_middleware
@@ -40,7 +41,13 @@ def _names(app: Any) -> Iterable[str]:
     if gate is None:
         return ()
     names = gate.registry.names()
-    return {*names.circuits, *names.adapters}
+    return {*names.contents, *names.adapters}
+
+
+async def _catch_up(app: Any) -> None:
+    gate = gate_of(getattr(app.state, "openai_serving_models", None))
+    if gate is not None and gate.registry.is_stale():
+        await asyncio.to_thread(gate.registry.catch_up)
 
 
 async def _model(request: Any) -> Any:

@@ -9,13 +9,13 @@ from typing import Any
 
 from cna_vllm.serving.config import CnaConfig
 from cna_vllm.serving.ledger import Ledger
-from cna_vllm.serving.seams.wrapping import wrap
+from cna_vllm.serving.seams.wrapping import Wrap, wrap
 
 REPORT_ATTRIBUTE = "cna_report"  # of a ModelRunnerOutput
 SCRUB_ATTRIBUTE = "cna_scrub"  # of a SchedulerOutput
 
 
-def install() -> None:
+def install(wrap: Wrap = wrap) -> None:
     """Schedulers that are built from now on keep a ledger, if they are configured to steer."""
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler

@@ -15,13 +15,13 @@ from cna_vllm.serving.seams.attach import attach
 from cna_vllm.serving.seams.kv_blocks import zero_blocks
 from cna_vllm.serving.seams.model import refuse_unsupported
 from cna_vllm.serving.seams.scheduler import REPORT_ATTRIBUTE, SCRUB_ATTRIBUTE
-from cna_vllm.serving.seams.wrapping import wrap
+from cna_vllm.serving.seams.wrapping import Wrap, wrap
 from cna_vllm.serving.worker_rpc import RPC_METHODS
 
 RUNTIME_ATTRIBUTE = "cna_runtime"
 
 
-def install() -> None:
+def install(wrap: Wrap = wrap) -> None:
     """Workers that are built from now on steer, if they are configured to."""
     from vllm.v1.worker.worker_base import WorkerBase
 
@@ -84,8 +84,10 @@ def _execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
 def _sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
         state, report = self.execute_model_state, None
-        if state is not None and isinstance(state.hidden_states, torch.Tensor):
-            report = _held_runtime(self).finish_step(state.hidden_states)
+        runtime = _held_runtime(self)
+        if runtime is not None and state is not None:
+            hidden = state.hidden_states
+            report = runtime.finish_step(hidden) if isinstance(hidden, torch.Tensor) else None
         output = original(self, *args, **kwargs)
         if report is not None:
             # An asynchronous output holds the one that goes to the core, by either name.
@@ -100,6 +102,9 @@ def _sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
 def _v1_load_model(original: Callable[..., None]) -> Callable[..., None]:
     def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        self.cna_runtime = None
+        if CnaConfig.from_additional_config(self.vllm_config.additional_config) is None:
+            return  # a plain engine after a steered one in the same process
         self.cna_runtime = attach(self.vllm_config, self.get_model(), self.device)
         if hasattr(self, "model_memory_usage"):  # only measured on accelerators
             self.model_memory_usage += self.cna_runtime.nbytes
@@ -110,7 +115,9 @@ def _v1_load_model(original: Callable[..., None]) -> Callable[..., None]:
 def _v1_update_states(original: Callable[..., Any]) -> Callable[..., Any]:
     def _update_states(self: Any, scheduler_output: Any) -> Any:
         result = original(self, scheduler_output)
-        runtime: SteeringRuntime = self.cna_runtime
+        runtime: SteeringRuntime | None = self.cna_runtime
+        if runtime is None:
+            return result
         for req_id in scheduler_output.finished_req_ids:
             runtime.remove_request(req_id)
         for req_id in scheduler_output.preempted_req_ids or ():
@@ -130,6 +137,8 @@ def _v1_update_states(original: Callable[..., Any]) -> Callable[..., Any]:
 def _v1_prepare_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
         result = original(self, scheduler_output, num_scheduled_tokens)
+        if self.cna_runtime is None:
+            return result
         batch = self.input_batch
         self.cna_runtime.prepare_step(
             batch.req_ids, num_scheduled_tokens, batch.num_computed_tokens_cpu
@@ -179,13 +188,15 @@ def _v2_state_cls(original: Callable[..., type]) -> Callable[..., type]:
 
 
 def runtime_of(worker: Any) -> SteeringRuntime:
-    """The runtime of a worker, whichever model runner it has."""
-    return _held_runtime(worker.model_runner)
+    """The runtime of a worker that steers, whichever model runner it has."""
+    runtime = _held_runtime(worker.model_runner)
+    assert runtime is not None, "a plain engine answers no call of ours"
+    return runtime
 
 
-def _held_runtime(runner: Any) -> SteeringRuntime:
+def _held_runtime(runner: Any) -> SteeringRuntime | None:
     holder = getattr(runner, "model_state", runner)
-    runtime: SteeringRuntime = getattr(holder, RUNTIME_ATTRIBUTE)
+    runtime: SteeringRuntime | None = getattr(holder, RUNTIME_ATTRIBUTE, None)
     return runtime
 
 

@@ -8,8 +8,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+Make = Callable[[Callable[..., Any]], Callable[..., Any]]
+Wrap = Callable[[Any, str, Make], None]
 
-def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+
+def wrap(owner: Any, name: str, make: Make) -> None:
     """Replaces ``owner.name`` by ``make(original)``, once per process.
 
     Raises AttributeError when vLLM no longer has the name: a seam must not vanish silently.
@@ -23,3 +26,8 @@ def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..
         # A class method's original knows its class already.
         wrapper = staticmethod(wrapper)
     setattr(owner, name, wrapper)
+
+
+def probe(owner: Any, name: str, make: Make) -> None:
+    """Changes nothing. Raises AttributeError where ``wrap`` would."""
+    getattr(owner, name)
