@@ -72,12 +72,11 @@ def act_and_mul_scaled_kernel(  # type: ignore[no-untyped-def]
     x_row = x_ptr + row * x_row_stride
     gate = tl.load(x_row + channel, mask=live, other=0.0)
     up = tl.load(x_row + size + channel, mask=live, other=0.0)
-    act = activate(gate, ACTIVATION)
-    out = (act.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
 
+    # Before gate and up are needed: what a steered row reads is on its way together with them.
+    factor = tl.full([BLOCK // 8, 8], 1.0, tl.float32)
     if arm >= 0:
         width = tl.cdiv(size, 8)
-        factor = tl.full([BLOCK // 8, 8], 1.0, tl.float32)
         for slot in tl.static_range(K):
             circuit = tl.load(arm_circuits_ptr + arm * K + slot).to(tl.int64)
             multiplier = tl.load(arm_multipliers_ptr + arm * K + slot)
@@ -85,6 +84,10 @@ def act_and_mul_scaled_kernel(  # type: ignore[no-untyped-def]
             held = tl.load(masks_ptr + circuit * width + byte, mask=byte < end, other=0)
             member = ((held.to(tl.int32)[:, None] >> bit[None, :]) & 1) != 0
             factor = tl.where(member, factor * multiplier, factor)
+
+    act = activate(gate, ACTIVATION)
+    out = (act.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+    if arm >= 0:
         # factor == 1 is every channel outside the circuits: out keeps its bits, NaNs included.
         # factor == 0 writes +0 whatever the activation, so an infinity never turns into NaN.
         scaled = tl.where(factor == 0.0, 0.0, factor * out.to(tl.float32)).to(gate.dtype)
