@@ -39,9 +39,9 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def record(benchmark: str, row: Mapping[str, Any]) -> None:
-    """Appends one JSON line to ``results/<benchmark>.jsonl``."""
-    file = FOLDER / "results" / f"{benchmark}.jsonl"
+def record(benchmark: str, row: Mapping[str, Any], folder: Path = FOLDER / "results") -> None:
+    """Appends one JSON line to ``<benchmark>.jsonl`` in a folder."""
+    file = folder / f"{benchmark}.jsonl"
     file.parent.mkdir(exist_ok=True)
     with file.open("a", encoding="utf-8") as results:
         results.write(json.dumps(row) + "\n")
