@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What steering is and costs on this machine's GPU, in under 10 minutes on one H100.
 
-    make bench-gpu
+    make bench-gpu [ONLY="PART ..."]
     PYTHONPATH=benchmarks python -m gpu [--only PART ...] [--rehearse] [--results FILE]
 
 Each part is a process of its own with a time limit. Its rows are printed and appended to
@@ -11,7 +11,7 @@ parts ended and all they checked holds; 1: some did not; 2: there is no GPU.
 
 What checks runs side by side, what measures runs alone. Seconds on an H100 (PARTS has them and the
 limits): the checks 140 (doctor 75, kernel_check 60, exactness 140), kernel_bench 60, fill 15,
-engines 1b 120, engines 8b 180; 515 in all.
+engines-1b 130, engines-8b 180; 525 in all.
 
 --rehearse goes through the same code on the CPU with small sizes, Triton's interpreter and tiny
 engines. What it prints are no figures of a GPU, and it never writes to benchmarks/results.
@@ -20,6 +20,7 @@ engines. What it prints are no figures of a GPU, and it never writes to benchmar
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,14 +43,14 @@ ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCH_COMPILE_DISABLE": "1"}
 # Stage by stage: the parts of a stage run at the same time.
 PARTS = (
     (
-        Part("doctor", 75, 180, rehearsal=ON_CPU),
-        Part("kernel_check", 60, 180, rehearsal=INTERPRETED),
-        Part("exactness", 140, 300, rehearsal=ON_CPU),
+        Part("doctor", "gpu.doctor", 75, 240, rehearsal=ON_CPU),
+        Part("kernel_check", "gpu.kernel_check", 60, 180, rehearsal=INTERPRETED),
+        Part("exactness", "gpu.exactness", 140, 300, rehearsal=ON_CPU),
     ),
-    (Part("kernel_bench", 60, 150, rehearsal=INTERPRETED),),
-    (Part("fill", 15, 60),),
-    (Part("engines 1b", 120, 240, ("1b",), ON_CPU),),
-    (Part("engines 8b", 180, 300, ("8b",), ON_CPU),),
+    (Part("kernel_bench", "gpu.kernel_bench", 60, 150, rehearsal=INTERPRETED),),
+    (Part("fill", "gpu.fill", 15, 60),),
+    (Part("engines-1b", "gpu.engines", 130, 240, ("1b",), ON_CPU),),
+    (Part("engines-8b", "gpu.engines", 180, 300, ("8b",), ON_CPU),),
 )
 NAMES = [part.name for stage in PARTS for part in stage]
 
@@ -100,8 +101,10 @@ def main() -> None:
         options.results = options.results or kept / "gpu.jsonl"
     elif options.results is not None and options.results.resolve().parent == kept.resolve():
         parser.error("a rehearsal's rows are no figures: --results must be outside of results/")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    runs = Runs(Path(tempfile.mkdtemp(prefix="bench-gpu-")), options.rehearse)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    folder = Path(tempfile.mkdtemp(prefix="bench-gpu-"))
+    runs = Runs(folder, options.rehearse)
     report = Report(options.results)
     seconds: dict[str, float] = {}
     failed: dict[str, list[str]] = {}
@@ -128,7 +131,9 @@ def main() -> None:
     for name, reasons in failed.items():
         for reason in reasons:
             print(f"FAILED {name}: {reason}", file=sys.stderr)
-    sys.exit(1 if failed else 0)
+    if failed:
+        sys.exit(1)
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ ON_GPU = ("--kv-cache-memory-bytes=268435456", "--gpu-memory-utilization=0.05")
 
 
 def main() -> None:
-    folder = Path(tempfile.mkdtemp(prefix="bench-gpu-doctor-"))
+    folder = Path(tempfile.mkdtemp(prefix="doctor-"))
     model = tiny_models.llama(folder / "model", head_dim=64, intermediate_size=320)
     tiny_models.add_tokenizer(model)
     command = [sys.executable, "-m", "cna_vllm", "doctor", str(model), "--json"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,9 +23,13 @@ GiB = 1 << 30
 def start(
     options: Mapping[str, Any], environment: Mapping[str, str], plugins: str | None = None
 ) -> Worker:
-    """``LLM(**options)``; its hello has the seconds of the start and, with circuits, the status."""
-    arguments = ["gpu.engine", json.dumps(options)]
-    return Worker("-m", arguments, plugins, {"VLLM_LOGGING_LEVEL": "WARNING", **environment})
+    """``LLM(**options)``; its hello has the seconds of the start and, with circuits, the status.
+
+    It has a cache of its own: others that start would write what it compiles at the same time.
+    """
+    cache = tempfile.mkdtemp(prefix="vllm-cache-")
+    own = {"VLLM_CACHE_ROOT": cache, "VLLM_LOGGING_LEVEL": "WARNING"}
+    return Worker("-m", ["gpu.engine", json.dumps(options)], plugins, {**own, **environment})
 
 
 def start_all(
@@ -65,9 +70,16 @@ def main() -> None:
         params = [SamplingParams(temperature=0.0, **request["params"]) for request in requests]
         begin = time.perf_counter()
         done = llm.generate(prompts, params, use_tqdm=False)
-        taken = {"seconds": time.perf_counter() - begin}
-        tokens = [[list(one.token_ids) for one in output.outputs] for output in done]
-        return {**taken, "outputs": [{"token_ids": t} for t in tokens] if outputs else None}
+        answer: dict[str, Any] = {"seconds": time.perf_counter() - begin}
+        if outputs:
+            answer["outputs"] = [
+                {
+                    "token_ids": [list(one.token_ids) for one in output.outputs],
+                    "cached": output.num_cached_tokens or 0,
+                }
+                for output in done
+            ]
+        return answer
 
     for job in sys.stdin:
         print(json.dumps(generate(**json.loads(job))), flush=True)

@@ -68,7 +68,7 @@ FULL = Sizes(
         Case("prefill", 32, 1024, 1),
     ),
     256,
-    15.0,
+    12.0,
     3,
 )
 REHEARSAL = Sizes(
@@ -101,10 +101,14 @@ def run(worker: Worker, case: Case, variant: str, sizes: Sizes, vocabulary: int)
     rng = random.Random(1)
     requests = []
     for request in range(case.batch):
-        params = {"max_tokens": case.tokens, "ignore_eos": True, "detokenize": False}
-        extra = steering(variant, request, sizes.circuits)
+        params = {
+            "max_tokens": case.tokens,
+            "ignore_eos": True,
+            "detokenize": False,
+            "extra_args": steering(variant, request, sizes.circuits),
+        }
         prompt = [rng.randrange(3, vocabulary) for _ in range(case.prompt)]
-        requests.append({"prompt": prompt, "params": {**params, "extra_args": extra}})
+        requests.append({"prompt": prompt, "params": params})
     seconds: float = worker.ask({"requests": requests, "outputs": False})["seconds"]
     return seconds
 
@@ -139,7 +143,7 @@ def main() -> None:
 
     sizes = REHEARSAL if rehearsing() else FULL
     shape = sizes.shapes[sys.argv[1]]
-    folder = Path(tempfile.mkdtemp(prefix="bench-gpu-shape-"))
+    folder = Path(tempfile.mkdtemp(prefix="shape-"))
     LlamaConfig(
         **shape,
         architectures=["LlamaForCausalLM"],

@@ -15,8 +15,11 @@ SCRIPT = Path(__file__).parents[1] / "fill.py"
 def main() -> None:
     command = [sys.executable, str(SCRIPT), *([] if rehearsing() else ["--record"])]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    emit({"lines": done.stdout.splitlines()})
-    finish([f"it ended with status {done.returncode}"] if done.returncode else [])
+    if done.stdout:
+        emit({"lines": done.stdout.splitlines()})
+    if done.returncode:
+        sys.exit(done.returncode)
+    finish()
 
 
 if __name__ == "__main__":

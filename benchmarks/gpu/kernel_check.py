@@ -14,7 +14,7 @@ from cna_kernels import DTYPES, EAGER, act_and_mul_scaled, scale_reference
 from cna_kernels.act_and_mul_scaled import INTERPRETED
 from cna_kernels.activations import ACCURATE
 from gpu.parts import emit, finish, rehearsing
-from tests.kernels.cases import ROUTINGS, WIDTHS, bits, make_tables, make_x, same
+from tests.kernels.cases import ROUTINGS, WIDTHS, Tables, bits, make_tables, make_x, same
 from tests.quick_interpreter import quicken
 
 VLLM_OP = {"silu": "silu_and_mul", "gelu_tanh": "gelu_tanh_and_mul", "gelu": "gelu_and_mul"}
@@ -69,17 +69,21 @@ def gates(dtype: torch.dtype, sizes: Sizes) -> Tensor:
     return every[every.isfinite()].view(-1, GATE_COLUMNS)[:: sizes.step]
 
 
+def moved(tables: Tables, device: str) -> Tables:
+    return Tables(*(tensor.to(device) for tensor in tables))
+
+
 def check_gates(dtype: torch.dtype, activation: str, sizes: Sizes) -> list[str]:
     """Emits how many gates each implementation has off, and, tiny ones aside, by how many units."""
     gate = gates(dtype, sizes)
     exact = ACCURATE[activation](gate.double())
     expected, tiny = ordinal(rounded(exact, dtype)), exact.abs() < TINY
     x = torch.cat([gate, torch.ones_like(gate)], 1).to(sizes.device)
-    tables = make_tables(GATE_COLUMNS, "none", len(gate))
+    idle = moved(make_tables(GATE_COLUMNS, "none", len(gate)), sizes.device)
     theirs = torch.empty(gate.shape, dtype=dtype, device=sizes.device)
     getattr(torch.ops._C, VLLM_OP[activation])(theirs, x)
     results = {
-        "ours": act_and_mul_scaled(x, *(t.to(sizes.device) for t in tables), activation),
+        "ours": act_and_mul_scaled(x, *idle, activation),
         "torch": EAGER[activation](x[:, :GATE_COLUMNS]),
         "vllm": theirs,
     }
@@ -105,7 +109,7 @@ def check_steered(sizes: Sizes) -> list[str]:
             x = make_x(width, sizes.rows, dtype, hostile=True).to(sizes.device)
             for routing in sizes.routings:
                 tables = make_tables(width, routing, sizes.rows)
-                there = tables._make(t.to(sizes.device) for t in tables)
+                there = moved(tables, sizes.device)
                 idle = there._replace(row_arm=torch.full_like(there.row_arm, -1))
                 for activation in EAGER:
                     plain = act_and_mul_scaled(x, *idle, activation).cpu()

@@ -48,36 +48,35 @@ class Part:
     """A module that emits rows and finishes.
 
     expected, limit: seconds on an H100 with 16 cores, and after how many it is ended.
+    rehearsal: what a rehearsal has in its environment.
     """
 
     name: str
+    module: str
     expected: int
     limit: int
     arguments: tuple[str, ...] = ()
     rehearsal: Mapping[str, str] = field(default_factory=dict)
-    """Environment of a rehearsal."""
-
-    @property
-    def module(self) -> str:
-        return f"gpu.{self.name.split()[0].replace('-', '_')}"
 
 
 class Runs:
     """Runs parts, also several at a time, and can end those that run."""
 
-    def __init__(self, logs: Path, rehearse: bool) -> None:
-        """logs: folder for whatever the parts and their engines print besides rows."""
-        self._logs, self._rehearse = logs, rehearse
+    def __init__(self, folder: Path, rehearse: bool) -> None:
+        """folder: for their temporary files, and a log each of what they and their engines print
+        besides rows."""
+        self._folder, self._rehearse = folder, rehearse
         self._running: set[int] = set()
 
     def run(self, part: Part, take: Callable[[Row], None]) -> list[str]:
         """Hands every row to ``take`` when it is said. Returns why the part failed, or nothing."""
-        log = self._logs / f"{part.name.replace(' ', '-')}.log"
+        log = self._folder / f"{part.name}.log"
         command = [sys.executable, "-m", part.module, *part.arguments]
         environment = {
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for rows
             **os.environ,
+            "TMPDIR": str(self._folder),
         }
         if self._rehearse:
             command.append("--rehearse")
@@ -109,10 +108,10 @@ class Runs:
                 _end(process.pid)
                 self._running.discard(process.pid)
         status = process.wait()
-        if wrong is not None:
-            return wrong
-        why = f"took over {part.limit} s" if late.is_set() else f"ended with status {status}"
-        return [f"{why}: {_reason(log)} (all it printed: {log})"]
+        if wrong is None:
+            over = f"took over {part.limit} s"
+            wrong = [over if late.is_set() else f"ended with status {status}"]
+        return [*wrong, f"its log, {log}, ends: {_reason(log)}"] if wrong else []
 
     def stop(self) -> None:
         """Ends all parts that run."""
@@ -126,23 +125,26 @@ class Runs:
         """What the part says is wrong; None when it ended without a word."""
         assert process.stdout is not None
         for line in process.stdout:
-            if not line.startswith("{"):
+            try:
+                row = json.loads(line) if line.startswith("{") else None
+            except json.JSONDecodeError:
+                row = None
+            if row is None:
                 output.write(line)
                 output.flush()
-                continue
-            row = json.loads(line)
-            if END in row:
+            elif END in row:
                 wrong: list[str] = row[END]
                 return wrong
-            take(row)
+            else:
+                take(row)
         return None
 
 
 def _reason(log: Path) -> str:
-    """The last errors of a log, of which the first is the nearest to the cause."""
+    """The last errors of a log, the first of them nearest to the cause; or else its last line."""
     text = log.read_text(encoding="utf-8", errors="replace")
     errors = list(dict.fromkeys(_ERROR.findall(text)))[-3:]
-    return "; then ".join(errors) or (text.strip().splitlines() or ["it printed nothing"])[-1]
+    return "; then ".join(errors) or (text.strip().splitlines() or ["(empty)"])[-1]
 
 
 def _end(group: int) -> None:

@@ -33,7 +33,7 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown."""
     by_part: dict[str, list[Row]] = {}
     for row in rows:
-        by_part.setdefault(row["part"].split()[0], []).append(row)
+        by_part.setdefault(row["part"].partition("-")[0], []).append(row)
     texts = [_head(rows[0])]
     for part, write in _WRITERS.items():
         if part in by_part:
@@ -77,8 +77,8 @@ def _kernel_check(rows: Sequence[Row]) -> Iterator[str]:
         for row in rows
         if "gates" in row
     ]
-    yield "Gates off from the correctly rounded float64 result, by one unit in the last place unless"
-    yield "said (tiny: where the result is under 2e-37):\n"
+    yield "Gates off from the correctly rounded float64 result, by one unit in the last place where"
+    yield "no more is said (tiny: where the result is under 2e-37):\n"
     yield from _table(["", "gates", "this kernel", "torch", "vLLM's op"], body)
     for row in rows:
         if "cases" in row:
@@ -93,11 +93,15 @@ def _kernel_bench(rows: Sequence[Row]) -> Iterator[str]:
         cells = row["variants"]
         shape = [f"{row['dtype']} {row['activation']}", f"{row['width']:,}", f"{row['rows']:,}"]
         ours = [
-            f"{cells[name]['us']:.3g} ({cells[name]['ratio']:.2f})" if name in cells else ""
+            f"{_us(cells[name])} ({cells[name]['ratio']:.2f})" if name in cells else ""
             for name in names
         ]
-        body.append([*shape, f"{cells['vllm']['us']:.3g}", *ours])
+        body.append([*shape, _us(cells["vllm"]), *ours])
     yield from _table(["", "channels", "rows", "vLLM's op", *names], body)
+
+
+def _us(cell: Mapping[str, float]) -> str:
+    return f"{cell['us']:.2f}" if cell["us"] < 10 else f"{cell['us']:,.1f}"
 
 
 def _engines(rows: Sequence[Row]) -> Iterator[str]:
@@ -109,7 +113,7 @@ def _engines(rows: Sequence[Row]) -> Iterator[str]:
             ratios = [cells[name]["ratio"] for name in STEERED]
             body.append(
                 [
-                    row["part"].split()[-1].upper(),
+                    row["part"].partition("-")[2].upper(),
                     row["name"],
                     f"{cells['stock']['steps_per_second']:.1f}",
                     *(f"{middle:.3f} ({low:.3f}, {high:.3f})" for low, middle, high in ratios),
