@@ -32,8 +32,8 @@ def emit(row: Row) -> None:
 
 
 def finish(wrong: Sequence[str] = ()) -> NoReturn:
-    """In a part, at its end: what was measured and is not as it must be. Ends the process on the
-    spot, for one that had an engine may hang where Python ends."""
+    """In a part, at its end, with what is not as it must be, if anything. Ends the process on the
+    spot: one that had an engine may hang where Python ends."""
     emit({END: list(wrong)})
     os._exit(bool(wrong))
 
@@ -75,6 +75,8 @@ class Runs:
         environment = {
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for rows
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",  # all models are made here
             **os.environ,
             "TMPDIR": str(self._folder),
         }

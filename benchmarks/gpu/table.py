@@ -105,7 +105,8 @@ def _us(cell: Mapping[str, float]) -> str:
 
 
 def _engines(rows: Sequence[Row]) -> Iterator[str]:
-    yield "Whole engine, ratio of tokens/s to stock vLLM (lowest, highest round):\n"
+    yield "Whole engine, ratio of tokens/s to stock vLLM (lowest, highest round). Steps/s are output"
+    yield "tokens of a request over the seconds of its batch, prefill included:\n"
     body = []
     for row in rows:
         if "variants" in row:
@@ -119,7 +120,7 @@ def _engines(rows: Sequence[Row]) -> Iterator[str]:
                     *(f"{middle:.3f} ({low:.3f}, {high:.3f})" for low, middle, high in ratios),
                 ]
             )
-    yield from _table(["shape", "", "steps/s of stock", *STEERED], body)
+    yield from _table(["shape", "", "stock, steps/s", *STEERED], body)
 
 
 def _exactness(rows: Sequence[Row]) -> Iterator[str]:
@@ -127,7 +128,7 @@ def _exactness(rows: Sequence[Row]) -> Iterator[str]:
     body = [
         [
             f"{row.get('runner', '')} {row['mode']}".strip(),
-            row.get("cache", ""),
+            f"{row['cache']}, {row['cached_tokens']:,} tokens" if "cache" in row else "",
             str(row["rows"]),
             str(row.get("near_ties", "")),
             f"{row['wrong']}" + (f" (gap up to {row['largest_gap']:g})" if row["wrong"] else ""),
