@@ -127,7 +127,7 @@ def main() -> None:
             finally:
                 runs.stop()
     report.take("run", {"seconds": seconds, "failed": failed})
-    print("\n" + table(report.rows))
+    print("\n" + table(report.rows), flush=True)
     for name, reasons in failed.items():
         for reason in reasons:
             print(f"FAILED {name}: {reason}", file=sys.stderr)

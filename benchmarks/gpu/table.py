@@ -105,8 +105,8 @@ def _us(cell: Mapping[str, float]) -> str:
 
 
 def _engines(rows: Sequence[Row]) -> Iterator[str]:
-    yield "Whole engine, ratio of tokens/s to stock vLLM (lowest, highest round). Steps/s are output"
-    yield "tokens of a request over the seconds of its batch, prefill included:\n"
+    yield "Whole engine, ratio of tokens/s to stock vLLM (lowest, highest round). Steps/s are the"
+    yield "output tokens of a request over the seconds of its batch, prefill included:\n"
     body = []
     for row in rows:
         if "variants" in row:
