@@ -14,11 +14,11 @@ unexport PYTHONDONTWRITEBYTECODE
 # Engines share a CPU well, but not the memory of one GPU.
 TEST_JOBS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
 
-.PHONY: help setup demo test style compat bench
+.PHONY: help setup demo test style compat bench bench-gpu
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 setup: ## create .venv with everything for this machine, CUDA or CPU; quick when it is there
 	@bash .ci/setup.sh
@@ -45,3 +45,6 @@ bench: setup ## run every benchmark; add RECORD=1 to append to benchmarks/result
 	@set -e; for name in act_and_mul_scaled accounting engine_throughput sweep discovery serving; do \
 		echo "== $$name"; $(BIN)/python benchmarks/$$name.py $(if $(RECORD),--record); \
 	done
+
+bench-gpu: setup ## what this machine's GPU shows, in 10 minutes: rows and the README's table
+	@PYTHONPATH=benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m gpu $(if $(ONLY),--only $(ONLY))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping
@@ -20,13 +21,15 @@ PACKAGES = ("cna-vllm", "numpy", "torch", "transformers", "triton", "vllm", "vll
 
 def provenance() -> dict[str, Any]:
     """Time, versions, machine and commit; a commit that ends in -dirty had local changes."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=FOLDER,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=FOLDER,
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
     installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -39,9 +42,9 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def record(benchmark: str, row: Mapping[str, Any]) -> None:
-    """Appends one JSON line to ``results/<benchmark>.jsonl``."""
-    file = FOLDER / "results" / f"{benchmark}.jsonl"
+def record(benchmark: str, row: Mapping[str, Any], folder: Path = FOLDER / "results") -> None:
+    """Appends one JSON line to ``<benchmark>.jsonl`` in a folder."""
+    file = folder / f"{benchmark}.jsonl"
     file.parent.mkdir(exist_ok=True)
     with file.open("a", encoding="utf-8") as results:
         results.write(json.dumps(row) + "\n")

@@ -7,18 +7,27 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 class Worker:
     """A script in a process of its own; it says a JSON object when it is up, and one a job.
 
+    script: a file, or "-m" when the first argument names a module.
     plugins: VLLM_PLUGINS; "" for vLLM as it is, None for the environment's own.
+    environment: what differs from this process's, and from the engine in the worker's own process.
     """
 
-    def __init__(self, script: str, arguments: Sequence[str], plugins: str | None = None) -> None:
+    def __init__(
+        self,
+        script: str,
+        arguments: Sequence[str],
+        plugins: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+        env.update(environment or {})
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         # Where the memory of a process came to lie decides some percent of its speed.
         env.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
