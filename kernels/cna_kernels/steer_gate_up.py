@@ -32,7 +32,7 @@ CARRYING_DTYPES: Final = (torch.float32, torch.bfloat16)
 """The dtypes in which a pair of gate and up stands for any product."""
 
 CARRIER: Final = 32.0
-BLOCK: Final = 512
+BLOCK: Final = 256
 MAX_PROGRAMS: Final = 4096
 """Programs up to which a row is split: those that one H100 holds at a time, 32 an SM."""
 MAX_ELEMENTS: Final = 1 << 21
