@@ -190,7 +190,7 @@ class SteeringRuntime:
 
         circuits: what requests may use; resident: and what was unloaded, but not yet overwritten.
         kernel: which implementation the layers call; see ``cna_kernels.backend``.
-        quantization: of what enters ``down_proj``: whether it may be one kernel with the activation.
+        quantization: whether that of ``down_proj``'s input may be one kernel with the activation.
         routed_experts: what the model has and no circuit reaches, by path.
         """
         return {
