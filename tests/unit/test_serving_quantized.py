@@ -91,7 +91,8 @@ def test_fused_rows_are_those_of_the_unfused_op() -> None:
     assert [type(m.act) for m in modules] == [SteeredGateUp] * LAYERS
     assert [type(m.act) for m in others] == [SteeredActAndMul] * LAYERS
     assert [m.fused for m in modules if isinstance(m, Quantizing)] == [2] * LAYERS  # and the proof
-    assert fused.status()["quantization"] == "fused with the activation as in vLLM alone, in 3 layers"
+    told = fused.status()["quantization"]
+    assert told == "fused with the activation as in vLLM alone, in 3 layers"
     assert apart.status()["quantization"] == "none that an activation could be fused with"
 
 
