@@ -12,8 +12,8 @@ come to the steered value v = f * a. That is gate = 32 and up = v / 32:
 * float16 has too few exponents for that: below 2**-9 the quotient is subnormal and loses bits.
 
 Rows that are not steered, and channels whose factor is 1, keep their bits. A program is one warp,
-and all of those of a row without an arm end after one load. A tile without a member costs its mask
-bytes alone; else gate and up are read and written where a channel is steered.
+and those of a row without an arm end after one load. A tile without a member costs its mask bytes;
+else gate and up are read and written where a channel is steered, and nowhere else.
 """
 
 from typing import Any, Final
@@ -69,17 +69,22 @@ def steer_gate_up_kernel(  # type: ignore[no-untyped-def]
         step = BLOCK // 8
         for start in range(tl.program_id(1) * step, width, tl.num_programs(1) * step):
             byte = start + tl.arange(0, BLOCK // 8)
-            factor = tl.full([BLOCK // 8, 8], 1.0, tl.float32)
             present = tl.zeros([BLOCK // 8], tl.int32)
             for slot in tl.static_range(K):
                 circuit = tl.load(arm_circuits_ptr + arm * K + slot).to(tl.int64)
-                multiplier = tl.load(arm_multipliers_ptr + arm * K + slot)
                 end = tl.where(circuit >= 0, width, 0)
                 held = tl.load(masks_ptr + circuit * width + byte, mask=byte < end, other=0)
-                member = ((held.to(tl.int32)[:, None] >> bit[None, :]) & 1) != 0
-                factor = tl.where(member, factor * multiplier, factor)
                 present |= held.to(tl.int32)
             if tl.max(present, 0) != 0:
+                # Few tiles come here, and they find the masks in the cache.
+                factor = tl.full([BLOCK // 8, 8], 1.0, tl.float32)
+                for slot in tl.static_range(K):
+                    circuit = tl.load(arm_circuits_ptr + arm * K + slot).to(tl.int64)
+                    multiplier = tl.load(arm_multipliers_ptr + arm * K + slot)
+                    end = tl.where(circuit >= 0, width, 0)
+                    held = tl.load(masks_ptr + circuit * width + byte, mask=byte < end, other=0)
+                    member = ((held.to(tl.int32)[:, None] >> bit[None, :]) & 1) != 0
+                    factor = tl.where(member, factor * multiplier, factor)
                 channel = byte[:, None] * 8 + bit[None, :]
                 steered = (factor != 1.0) & (channel < size)
                 gate = tl.load(x_row + channel, mask=steered, other=0.0)
@@ -136,6 +141,8 @@ def steer_gate_up_reference(
     act = eager_activation(activation)
     bits = torch.arange(8, dtype=torch.uint8, device=x.device)
     steered_rows = (row_arm[: x.shape[0]] >= 0).nonzero().squeeze(1)
+    if not len(steered_rows):
+        return
     for rows in steered_rows.split(max(1, MAX_ELEMENTS // size)):
         arms = row_arm[rows].long()
         factor = torch.ones(len(rows), size, dtype=torch.float32, device=x.device)
