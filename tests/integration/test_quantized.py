@@ -112,8 +112,19 @@ FP8 = {
 # quantization, and the quantization of weights at load. The linear is vLLM's own on a CPU, in the
 # form that takes FP8 activations, which one with AMX would not choose. All else is vLLM's as it is.
 STAND_INS = """
+import logging
 import torch
 import vllm._C
+
+torch.ops._C.said = []
+
+
+def hear(record):  # a filter: vLLM takes handlers away when it sets up logging anew
+    torch.ops._C.said.append(record.getMessage())
+    return True
+
+
+logging.getLogger("vllm.cna").addFilter(hear)
 
 torch.cpu._is_amx_tile_supported = lambda: False
 torch.ops._C.calls = []
@@ -136,12 +147,18 @@ quantize.default = torch.ops._C.static_scaled_fp8_quant.default
 torch.ops._C.static_scaled_fp8_quant = quantize
 """
 
+SAID = """
+import torch
+(line,) = [line for line in torch.ops._C.said if "quantization" in line]
+assert line.startswith("Activation and quantization are two kernels in 4 layers (model."), line
+"""
 COUNT = "import torch; torch.ops._C.calls.clear()"
 # One call a layer in each of 8 passes, and none of rows that nobody asked for.
 COUNTED = """
 import torch
 rows = torch.ops._C.calls
 assert len(rows) == 4 * 8, rows
+assert not [line for line in torch.ops._C.said if "quantization" in line]
 """
 
 # In the loaded model: the producer's rows beside those of the unfused op, quantized by the linear's
@@ -289,8 +306,11 @@ def test_fused_quantization_stays_fused(tmp_path: Path) -> None:
         env=V1_HERE,
         setup=STAND_INS,
     )
-    unfused, (recording,) = run_engine(
-        steering(record=True), [*generate, *status], env=V1_HERE, setup=STAND_INS
+    unfused, (recording,), _ = run_engine(
+        steering(record=True),
+        [*generate, *status, {"op": "run", "code": SAID}],
+        env=V1_HERE,
+        setup=STAND_INS,
     )
     _, stock, _ = run_engine(
         engine,

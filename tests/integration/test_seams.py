@@ -278,6 +278,47 @@ def test_quantization_seam() -> None:
         assert "self.fp8_linear = init_fp8_linear_kernel(" in inspect.getsource(method)
 
 
+def test_linears_whose_quantization_may_be_fused() -> None:
+    """By the kernels that vLLM would give them: FP8 and NVFP4 activations, whoever holds the
+    kernel; not int8, not Marlin's, which take the activation as it is, and none at all."""
+    import torch
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.kernels import linear as kernels
+    from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import (
+        Fp8BlockScaledMMLinearKernel,
+    )
+    from vllm.model_executor.layers.quantization.utils import quant_utils
+
+    from cna_vllm.serving.seams.quantization import fuses_quantization
+
+    def holding(kernel: object, where: str = "quant_method", name: str = "fp8_linear") -> bool:
+        linear: Any = torch.nn.Linear(2, 2)
+        setattr(linear, where, SimpleNamespace(**{name: kernel}))
+        return fuses_quantization(linear)
+
+    with set_current_vllm_config(VllmConfig()):
+        per_token = kernels.init_fp8_linear_kernel(
+            activation_quant_key=quant_utils.kFp8DynamicTokenSym,
+            weight_quant_key=quant_utils.kFp8StaticChannelSym,
+            weight_shape=(32, 32),
+            input_dtype=torch.bfloat16,
+            out_dtype=torch.bfloat16,
+        )
+    assert holding(per_token) and holding(per_token, "scheme") and holding(per_token, name="kernel")
+    assert "self.quant_fp8 = QuantFP8(" in inspect.getsource(Fp8BlockScaledMMLinearKernel.__init__)
+    # Not built, which takes a GPU.
+    for kernel, fuses in (
+        (kernels.CutlassNvFp4LinearKernel, True),
+        (kernels.MarlinNvFp4LinearKernel, False),
+        (kernels.CPUInt8ScaledMMLinearKernel, False),
+    ):
+        assert holding(object.__new__(kernel), name="kernel") == fuses
+    marlin: Any = object.__new__(kernels.MarlinFP8ScaledMMLinearKernel)
+    marlin.quant_fp8 = per_token.quant_fp8
+    assert not holding(marlin) and not holding(None)
+    assert not fuses_quantization(torch.nn.Linear(2, 2))
+
+
 def test_producers_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """By vLLM's own lookup, in one compiled graph: the steered class gets what SiluAndMul gets, of
     gate and up that are steered; and its own forward where the linear takes plain rows."""
