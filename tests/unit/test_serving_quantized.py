@@ -60,7 +60,7 @@ def build(
         max_num_tokens=32,
     )
     for circuit in (FIRST, SECOND):
-        runtime.load(circuit)
+        runtime.load(circuit.packed())
     runtime.add_request("plain", {}, 3)
     both = ((FIRST.digest, 0.37), (SECOND.digest, -1.5))
     runtime.add_request("both", resolved(*both, scope="all"), 2)
