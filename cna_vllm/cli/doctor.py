@@ -99,6 +99,7 @@ def describe(llm: LLM) -> dict[str, Any]:
         "runner": first["runner"],
         "device": first["device"],
         "kernel": first["kernel"],
+        "quantization": first["quantization"],
         "hooked_layers": f"{len(hooked)} of {engine.num_layers}",
         "routed_experts": first["routed_experts"],
         "table_bytes": first["table_bytes"],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The module that stands where a gated MLP's fused activation stood."""
+"""The modules that stand where a gated MLP's fused activation stood."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from cna_kernels import act_and_mul_scaled, record_rows
+from cna_kernels import act_and_mul_scaled, record_rows, steer_gate_up
 
 
 @dataclass(frozen=True)
@@ -81,3 +81,31 @@ class SteeredActAndMul(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.activation}, circuits={self.masks.shape[0]}"
+
+
+class SteeredGateUp(SteeredActAndMul):
+    """Steers gate and up in place, then runs the activation that stood here before.
+
+    For MLPs in which vLLM may fuse that activation with the quantization of ``down_proj``'s input:
+    one small op goes before, and whatever computes act(gate) * up, and what it is fused with, stays
+    vLLM's. Rows that are not steered, and channels outside a row's circuits, therefore are vLLM's
+    own to the bit. It needs one of CARRYING_DTYPES, and cannot record.
+    """
+
+    def __init__(
+        self, activation: str, step: StepBuffers, masks: torch.Tensor, replaced: nn.Module
+    ) -> None:
+        super().__init__(activation, step, masks)
+        self.replaced = replaced
+
+    def steer(self, x: torch.Tensor) -> torch.Tensor:
+        """Steers x in place and returns it."""
+        rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])  # never a copy: it is written
+        steer_gate_up(
+            rows, self.row_arm, self.arm_circuits, self.arm_multipliers, self.masks, self.activation
+        )
+        return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.replaced(self.steer(x))
+        return out

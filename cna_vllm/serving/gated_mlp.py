@@ -5,8 +5,8 @@ No module names are assumed: a gated MLP is the module that directly owns one fu
 activation-and-multiply and one row-parallel linear, whose input is then the vector of neurons.
 How its weights are stored is no part of that. Merged gate and up projections are what the
 activation reads anyway; tied embeddings and heads lie outside the decoder layers; a quantized
-linear keeps its class, and steering happens before it quantizes its input, since only an activation
-that vLLM knows by its class is ever fused with that quantization.
+linear keeps its class, and steering happens before its input is quantized. Where vLLM may fuse that
+quantization with the activation, ``GatedMlp.fuses_quantization`` says so.
 
 In a mixture of experts the neurons of a layer are those of its one dense or shared MLP. A shared
 expert sees every token row in the order of the step; routed experts see rows gathered by expert
@@ -37,6 +37,8 @@ class LayerVocabulary:
     down_projection: whether a module is a row-parallel linear.
     without_adapter: the layer that a LoRA wrapper is around; any other module itself.
     routed_experts: whether a module runs fused routed experts.
+    fuses_quantization: whether the activation before a linear may be fused with the quantization
+        of that linear's input.
     """
 
     activation: Callable[[nn.Module], str | None]
@@ -44,6 +46,7 @@ class LayerVocabulary:
     down_projection: Callable[[nn.Module], bool]
     without_adapter: Callable[[nn.Module], nn.Module]
     routed_experts: Callable[[nn.Module], bool]
+    fuses_quantization: Callable[[nn.Module], bool] = lambda linear: False
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class GatedMlp:
     decoder: the decoder layer that it is in.
     routed_experts: paths of the routed experts beside it, whose neurons are out of reach.
     adapted: children of ``module`` in LoRA wrappers -> the layers themselves.
+    fuses_quantization: whether the engine may fuse the activation with what quantizes its result.
     """
 
     layer: int
@@ -68,6 +72,7 @@ class GatedMlp:
     routed_experts: tuple[str, ...] = ()
     adapted: Mapping[str, nn.Module] = field(default_factory=dict)
     decoder: nn.Module | None = None
+    fuses_quantization: bool = False
 
 
 def find_gated_mlps(
@@ -124,6 +129,7 @@ def _gated_mlp(index: int, path: str, layer: nn.Module, vocabulary: LayerVocabul
                     routed_experts=routed,
                     adapted={k: v for k, v in layers.items() if v is not getattr(module, k)},
                     decoder=layer,
+                    fuses_quantization=vocabulary.fuses_quantization(down),
                 )
             )
     if not found and routed:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from cna_kernels import backend, mark_overflow
+from cna_kernels import CARRYING_DTYPES, backend, mark_overflow
 from cna_vllm.packed import KindName, Packed
 from cna_vllm.request import FIELD_RECORD, RESOLVED_FIELD, Steering
-from cna_vllm.serving.activation import SteeredActAndMul
+from cna_vllm.serving.activation import SteeredActAndMul, SteeredGateUp, StepBuffers
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.gated_mlp import GatedMlp, UnsupportedModelError, ablated_output_matches
 from cna_vllm.serving.outputs import hook_outputs, prove_outputs, refuse_unfit
@@ -85,13 +85,11 @@ class SteeringRuntime:
                 for form in FORMS if record_stream else FORMS[:1]:
                     self.recorders[form] = Recorder(self.layers, 0, hidden_size, *batch)
         self.recorder = self.recorders.get(NEURONS)
+        self.fusible = [mlp.path for mlp in mlps if mlp.fuses_quantization]
+        self.unfused = _why_unfused(config, dtype) if self.fusible else ""
         step = self.state.buffers(self.recorder.row_record if self.recorder else None)
         for mlp in mlps:
-            stage = self.recorder.layer_stage(mlp.layer) if self.recorder else None
-            hook = SteeredActAndMul(mlp.activation, step, self.table.layer_masks(mlp.layer), stage)
-            # A buffer of the model, like what the hook reads: saved and restored when it sleeps.
-            hook.register_buffer("marks", self._marks, persistent=False)
-            setattr(mlp.module, mlp.attribute, hook)
+            self._hook(mlp, step)
         self._prove_hooks(mlps, hidden_size, dtype)
         if self.vectors is not None:
             refuse_unfit(mlps)
@@ -192,11 +190,13 @@ class SteeringRuntime:
 
         circuits: what requests may use; resident: and what was unloaded, but not yet overwritten.
         kernel: which implementation the layers call; see ``cna_kernels.backend``.
+        quantization: whether that of ``down_proj``'s input may be one kernel with the activation.
         routed_experts: what the model has and no circuit reaches, by path.
         """
         return {
             "device": str(self.table.device),
             "kernel": backend(self.table.device),
+            "quantization": self._quantization(),
             "layers": list(self.layers),
             "routed_experts": list(self._routed_experts),
             "circuits": list(self.table.loaded()),
@@ -216,6 +216,29 @@ class SteeringRuntime:
                 )
             ],
         }
+
+    def _hook(self, mlp: GatedMlp, step: StepBuffers) -> None:
+        masks = self.table.layer_masks(mlp.layer)
+        hook: SteeredActAndMul
+        if mlp.fuses_quantization and not self.unfused:
+            replaced = getattr(mlp.module, mlp.attribute)
+            hook = SteeredGateUp(mlp.activation, step, masks, replaced)
+            # Producers of quantized activations are given the linear, not the activation.
+            down: Any = mlp.down_proj
+            down.cna_steer = hook.steer
+        else:
+            stage = self.recorder.layer_stage(mlp.layer) if self.recorder else None
+            hook = SteeredActAndMul(mlp.activation, step, masks, stage)
+        # A buffer of the model, like what the hook reads: saved and restored when it sleeps.
+        hook.register_buffer("marks", self._marks, persistent=False)
+        setattr(mlp.module, mlp.attribute, hook)
+
+    def _quantization(self) -> str:
+        if not self.fusible:
+            return "none that an activation could be fused with"
+        if self.unfused:
+            return f"apart from the activation, since {self.unfused}"
+        return f"fused with the activation as in vLLM alone, in {len(self.fusible)} layers"
 
     def _recorder_bytes(self) -> int:
         return sum(recorder.nbytes for recorder in self.recorders.values())
@@ -250,3 +273,12 @@ class SteeringRuntime:
                 f"{len(deaf)} of {len(mlps)} layers do not obey the steering hook: {names}; their "
                 "forward pass goes around it, so this model would run unsteered; refusing to start"
             )
+
+
+def _why_unfused(config: CnaConfig, dtype: torch.dtype) -> str:
+    """Why quantization cannot be left to what is fused with the activation, or ""."""
+    if config.record:
+        return "this engine records activations, which a fused kernel does not write"
+    if dtype not in CARRYING_DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} cannot carry every steered value through it"
+    return ""

@@ -12,9 +12,11 @@ from cna_kernels.reference import (
     pack_mask,
     scale_reference,
 )
+from cna_kernels.steer_gate_up import CARRYING_DTYPES, steer_gate_up, steer_gate_up_reference
 from cna_kernels.tables import check_tables
 
 __all__ = [
+    "CARRYING_DTYPES",
     "DTYPES",
     "EAGER",
     "act_and_mul_scaled",
@@ -30,4 +32,6 @@ __all__ = [
     "record_rows",
     "record_rows_reference",
     "scale_reference",
+    "steer_gate_up",
+    "steer_gate_up_reference",
 ]

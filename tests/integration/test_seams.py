@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -247,6 +248,126 @@ def test_places_of_admitted_fields() -> None:
     assert GenerateRequest.model_fields["sampling_params"].annotation is SamplingParams
     body = inspect.getsource(ChatCompletionRequest.to_sampling_params)
     assert "= self.vllm_xargs if self.vllm_xargs else {}" in body
+
+
+def test_quantization_seam() -> None:
+    """Producers are looked up by the activation's class and given the linear; linears say by an
+    attribute that they take quantized rows, and their methods hold their kernels."""
+    from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import (
+        FP8ScaledMMLinearKernel,
+    )
+    from vllm.model_executor.layers.activation import SiluAndMul
+    from vllm.model_executor.layers.fusion import fused_act_quant, quant_activation
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+        CompressedTensorsW8A8Fp8,
+    )
+    from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod
+    from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
+
+    table = fused_act_quant._FUSED_ACT_QUANT
+    assert parameters(table[SiluAndMul, kFp8StaticTensorSym]) == ["x", "linear"]
+    assert set(fused_act_quant._FUSED_ACT_QUANT_SUPPORT) <= set(table)
+    body = inspect.getsource(fused_act_quant.maybe_fused_act_quant)
+    for step in ("(type(act_fn), key)", "support(act_fn, x, linear)", "producer(x, linear)"):
+        assert step in body
+    assert parameters(quant_activation.get_input_quant_key) == ["layer"]
+    # A LoRA wrapper's rows are also read by the adapter, so they are never quantized before it.
+    assert "requires_unquantized_input" in inspect.getsource(quant_activation.get_input_quant_key)
+    assert "self.quant_fp8 = QuantFP8(" in inspect.getsource(FP8ScaledMMLinearKernel)
+    for method in (CompressedTensorsW8A8Fp8, Fp8LinearMethod):
+        assert "self.fp8_linear = init_fp8_linear_kernel(" in inspect.getsource(method)
+
+
+def test_linears_whose_quantization_may_be_fused() -> None:
+    """By the kernels that vLLM would give them: FP8 and NVFP4 activations, whoever holds the
+    kernel; not int8, not Marlin's, which take the activation as it is, and none at all."""
+    import torch
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.kernels import linear as kernels
+    from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import (
+        Fp8BlockScaledMMLinearKernel,
+    )
+    from vllm.model_executor.layers.quantization.utils import quant_utils
+
+    from cna_vllm.serving.seams.quantization import fuses_quantization
+
+    def holding(kernel: object, where: str = "quant_method", name: str = "fp8_linear") -> bool:
+        linear: Any = torch.nn.Linear(2, 2)
+        setattr(linear, where, SimpleNamespace(**{name: kernel}))
+        return fuses_quantization(linear)
+
+    with set_current_vllm_config(VllmConfig()):
+        per_token = kernels.init_fp8_linear_kernel(
+            activation_quant_key=quant_utils.kFp8DynamicTokenSym,
+            weight_quant_key=quant_utils.kFp8StaticChannelSym,
+            weight_shape=(32, 32),
+            input_dtype=torch.bfloat16,
+            out_dtype=torch.bfloat16,
+        )
+    assert holding(per_token) and holding(per_token, "scheme") and holding(per_token, name="kernel")
+    assert "self.quant_fp8 = QuantFP8(" in inspect.getsource(Fp8BlockScaledMMLinearKernel.__init__)
+    # Not built, which takes a GPU.
+    for kernel, fuses in (
+        (kernels.CutlassNvFp4LinearKernel, True),
+        (kernels.MarlinNvFp4LinearKernel, False),
+        (kernels.CPUInt8ScaledMMLinearKernel, False),
+    ):
+        assert holding(object.__new__(kernel), name="kernel") == fuses
+    marlin: Any = object.__new__(kernels.MarlinFP8ScaledMMLinearKernel)
+    marlin.quant_fp8 = per_token.quant_fp8
+    assert not holding(marlin) and not holding(None)
+    assert not fuses_quantization(torch.nn.Linear(2, 2))
+
+
+def test_producers_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By vLLM's own lookup, in one compiled graph: the steered class gets what SiluAndMul gets, of
+    gate and up that are steered; and its own forward where the linear takes plain rows."""
+    import torch
+    from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
+    from vllm.model_executor.layers.fusion import fused_act_quant
+    from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
+
+    from cna_vllm.serving.activation import SteeredGateUp, StepBuffers
+    from cna_vllm.serving.seams.quantization import fuses_quantization, share_producers
+
+    def producer(x: torch.Tensor, linear: torch.nn.Module) -> torch.Tensor:
+        return SiluAndMul.forward_native(x) + 100
+
+    def support(act: torch.nn.Module, x: torch.Tensor, linear: torch.nn.Module) -> bool:
+        return x.shape[0] != 1
+
+    key = kFp8StaticTensorSym
+    table = {(SiluAndMul, key): producer, (GeluAndMul, key): producer}
+    monkeypatch.setattr(fused_act_quant, "_FUSED_ACT_QUANT", table)
+    monkeypatch.setattr(fused_act_quant, "_FUSED_ACT_QUANT_SUPPORT", {(SiluAndMul, key): support})
+    share_producers()
+    assert set(table) == {(SiluAndMul, key), (GeluAndMul, key), (SteeredGateUp, key)}
+
+    class Native(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return SiluAndMul.forward_native(x)
+
+    arms = torch.tensor([-1, 0, -1], dtype=torch.int32)
+    step = StepBuffers(arms, torch.zeros(1, 1, dtype=torch.int32), torch.tensor([[0.37]]))
+    hook = SteeredGateUp("silu", step, torch.tensor([[0b101]], dtype=torch.uint8), Native())
+    down: Any = torch.nn.Linear(4, 2, bias=False)
+    assert not fuses_quantization(down)
+    down._input_quant_key, down.cna_steer = key, hook.steer
+    assert fuses_quantization(down)
+
+    def mlp(x: torch.Tensor) -> Any:
+        return fused_act_quant.maybe_fused_act_quant(hook, x * 1, down)
+
+    with torch.inference_mode():
+        x = torch.randn(3, 8)
+        expected = SiluAndMul.forward_native(x)
+        expected[1, [0, 2]] *= 0.37
+        compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+        for run in (mlp, compiled):
+            assert torch.equal(run(x), expected + 100)
+            assert torch.equal(run(x[:1]), expected[:1])
+        down.requires_unquantized_input = True
+        assert torch.equal(mlp(x), expected)
 
 
 def test_worker_seams_v1() -> None:

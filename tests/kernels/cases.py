@@ -151,3 +151,24 @@ def overflow_case(
                 hidden[row] = 0.0
     row_arm = torch.randint(-2, arms, (rows + 2,), generator=generator, dtype=torch.int32)
     return hidden.to(dtype), row_arm.clamp(min=-1)
+
+
+class Ahead(NamedTuple):
+    """x, what is to steer it, and bool [rows, width]: which channels a factor changes."""
+
+    x: Tensor
+    tables: Tables
+    changed: Tensor
+
+
+def make_ahead(width: int, routing: str, rows: int, dtype: torch.dtype) -> Ahead:
+    """Operands of ``steer_gate_up``, with infinities and NaN in x, and a row stride over 2 * width.
+
+    Of the multipliers, those of "skewed" are MULTIPLIERS, and those of all else more common.
+    """
+    tables = make_tables(width, routing, rows)
+    if routing != "skewed":
+        common = torch.tensor([0.0, 1.0, 2.0, 0.37, -1.0, 1.5])
+        tables = tables._replace(arm_multipliers=common[torch.arange(24).reshape(6, 4) * 5 % 6])
+    factor = scale_reference(torch.ones(rows, width), *tables)
+    return Ahead(make_x(width, rows, dtype, hostile=True, pad=3), tables, factor != 1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cna_kernels import (
+    CARRYING_DTYPES,
     DTYPES,
     EAGER,
     act_and_mul_scaled,
@@ -24,6 +25,8 @@ from cna_kernels import (
     mark_overflow,
     mark_overflow_reference,
     scale_reference,
+    steer_gate_up,
+    steer_gate_up_reference,
 )
 from cna_kernels.act_and_mul_scaled import INTERPRETED
 from cna_kernels.activations import ACCURATE
@@ -31,6 +34,7 @@ from tests.kernels.cases import (
     ROUTINGS,
     WIDTHS,
     bits,
+    make_ahead,
     make_hidden,
     make_tables,
     make_vectors,
@@ -62,6 +66,14 @@ CASES: Final = [
 ]
 
 VECTOR_CASES: Final = list(product(DTYPES, (1536, 7, 1000), ROUTINGS))
+
+AHEAD_CASES: Final = [
+    (dtype, activation, width, routing)
+    for dtype, activation, width, routing in product(
+        CARRYING_DTYPES, sorted(EAGER), (1536, 7, 1000), ROUTINGS
+    )
+    if activation == "silu" or (width, routing) == (1000, "skewed")
+]
 
 OVERFLOW_CASES: Final = list(product(DTYPES, (64, 7, 2050), range(3)))
 
@@ -147,6 +159,27 @@ def check_overflow(dtype: torch.dtype, width: int, seed: int) -> None:
     assert torch.equal(marks, expected), f"{marks.tolist()}, not {expected.tolist()}"
 
 
+def check_ahead(dtype: torch.dtype, activation: str, width: int, routing: str) -> None:
+    """What is left for the activation makes the steered rows, whether or not it rounds between;
+    where no factor changes anything, gate and up keep their bits."""
+    ahead = make_ahead(width, routing, ROWS, dtype)
+    x = ahead.x.clone()
+    steer_gate_up(ahead.x, *ahead.tables, activation)
+    idle = ahead.tables._replace(row_arm=torch.full((ROWS,), -1, dtype=torch.int32))
+    expected = act_and_mul_scaled(x, *ahead.tables, activation)
+    assert same(act_and_mul_scaled(ahead.x, *idle, activation), expected), "steered rows"
+    gate, up = ahead.x.chunk(2, 1)
+    unrounded = EAGER[activation](gate.float()) * up.float()
+    changed = ahead.changed
+    assert same(unrounded[changed], expected.float()[changed]), "steered rows, unrounded"
+    kept = ~changed.repeat(1, 2)
+    assert torch.equal(bits(ahead.x)[kept], bits(x)[kept]), "elements that nothing changes"
+    # Nothing but the steered value depends on the activation's own last place.
+    written = x.clone()
+    steer_gate_up_reference(written, *ahead.tables, activation)
+    assert torch.equal(bits(written[:, :width]), bits(ahead.x[:, :width])), "gates"
+
+
 def to_bfloat16(data: Any) -> Any:
     """Bits of float32 data rounded to the nearest bfloat16, ties to even, as on a device."""
     return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.int16).numpy()
@@ -191,6 +224,11 @@ def main() -> None:
             check_vectors(dtype, width, routing)
         except AssertionError as error:
             failures[f"vectors-{dtype}-{width}-{routing}"] = str(error)
+    for dtype, activation, width, routing in AHEAD_CASES:
+        try:
+            check_ahead(dtype, activation, width, routing)
+        except AssertionError as error:
+            failures[f"ahead-{dtype}-{activation}-{width}-{routing}"] = str(error)
     for dtype, width, seed in OVERFLOW_CASES:
         try:
             check_overflow(dtype, width, seed)

@@ -48,6 +48,16 @@ def test_vectors(report: dict[str, Any], dtype: Any, width: int, routing: str) -
     assert name not in report["failures"], report["failures"][name]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "activation", "width", "routing"), interpreter_worker.AHEAD_CASES
+)
+def test_ahead(
+    report: dict[str, Any], dtype: Any, activation: str, width: int, routing: str
+) -> None:
+    name = f"ahead-{dtype}-{activation}-{width}-{routing}"
+    assert name not in report["failures"], report["failures"][name]
+
+
 @pytest.mark.parametrize(("dtype", "width", "seed"), interpreter_worker.OVERFLOW_CASES)
 def test_overflow(report: dict[str, Any], dtype: Any, width: int, seed: int) -> None:
     name = f"overflow-{dtype}-{width}-{seed}"

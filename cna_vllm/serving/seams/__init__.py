@@ -16,8 +16,8 @@ its key; ``failures``: what the core ended, told by the front end; ``unsupported
 not fit.
 
 The others only read or call: ``model``: classes and configuration of a model; ``attach``: hooks a
-loaded one; ``kv_blocks``: a worker's cache; ``offline``: an ``LLM``; ``command_line``: flags;
-``platform``: the machine.
+loaded one; ``quantization``: what is fused with its activations; ``kv_blocks``: a worker's cache;
+``offline``: an ``LLM``; ``command_line``: flags; ``platform``: the machine.
 """
 
 from __future__ import annotations

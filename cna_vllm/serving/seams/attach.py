@@ -11,6 +11,7 @@ from torch import nn
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.runtime import SteeringRuntime
 from cna_vllm.serving.seams.model import gated_mlps, served_model
+from cna_vllm.serving.seams.quantization import say_what_is_unfused, share_producers
 from cna_vllm.vectors import RESIDUAL_ARCHITECTURES
 
 
@@ -27,8 +28,11 @@ def attach(vllm_config: Any, model: nn.Module, device: torch.device) -> Steering
     scheduler = vllm_config.scheduler_config
     model_config = vllm_config.model_config
     served = served_model(model_config)
-    return SteeringRuntime(
-        gated_mlps(model, served),
+    mlps = gated_mlps(model, served)
+    if any(mlp.fuses_quantization for mlp in mlps):
+        share_producers()
+    runtime = SteeringRuntime(
+        mlps,
         config,
         hidden_size=model_config.get_hidden_size(),
         dtype=model_config.dtype,
@@ -37,3 +41,6 @@ def attach(vllm_config: Any, model: nn.Module, device: torch.device) -> Steering
         max_num_tokens=scheduler.max_num_batched_tokens,
         record_stream=served.architecture in RESIDUAL_ARCHITECTURES,
     )
+    if runtime.unfused:
+        say_what_is_unfused(runtime.fusible, runtime.unfused)
+    return runtime

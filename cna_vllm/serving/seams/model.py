@@ -15,6 +15,7 @@ from cna_vllm.serving.gated_mlp import (
     find_gated_mlps,
 )
 from cna_vllm.serving.registry import ServedModel
+from cna_vllm.serving.seams.quantization import fuses_quantization
 
 
 def served_model(model_config: Any) -> ServedModel:
@@ -94,6 +95,7 @@ def gated_mlps(model: nn.Module, served: ServedModel) -> list[GatedMlp]:
             down_projection=lambda module: isinstance(module, RowParallelLinear),
             without_adapter=without_adapter,
             routed_experts=lambda module: isinstance(module, MoERunnerInterface),
+            fuses_quantization=fuses_quantization,
         ),
     )
     for mlp in found:
