@@ -389,6 +389,20 @@ def test_more_preempted_requests_than_arms() -> None:
             state.suspend(name)
 
 
+def test_the_same_batch_after_a_preemption_takes_a_new_arm() -> None:
+    """The list of requests is the last step's, yet the arm may since be another request's."""
+    _, state = make_state(max_reqs=2)
+    for name, multiplier in (("a", 2.0), ("b", 0.5)):
+        state.add(name, any_steering("all", multiplier), 4)
+    fill(state, ("a", 1, 0))
+    state.suspend("a")
+    (arm,) = fill(state, ("a", 1, 0))
+    assert fill(state, ("b", 1, 0)) != [arm]
+    assert fill(state, ("a", 1, 1)) == [arm]
+    assert float(state.arm_multipliers[arm, 0]) == 2.0
+    assert state.steered_tokens() == {min(CIRCUITS): 4}
+
+
 def test_rows_after_a_shrinking_batch_are_plain() -> None:
     _, state = make_state()
     state.add("a", any_steering("all"), 40)
