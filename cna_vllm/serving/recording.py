@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from cna_vllm.serving.sinks import Rows, Sum, Top
-from cna_vllm.serving.state import upload
+from cna_vllm.serving.staging import Staging
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,11 @@ class Recorder:
     ) -> None:
         self._layers = tuple(layers)
         self._offset = offset
-        self.row_record = torch.full((max_num_tokens,), -1, dtype=torch.int32, device=device)
+        self._staging = Staging([(max_num_tokens,)], device)
+        self._row_record = self._staging.blocks[0].host
+        self.row_record = self._staging.blocks[0].device
+        self._row_record[:] = -1
+        self._staging.upload()
         # A step finishes at most one prompt per request, so a slot per request is enough.
         self._stage = torch.zeros(
             len(self._layers), max_num_reqs, width, dtype=dtype, device=device
@@ -113,12 +117,10 @@ class Recorder:
     ) -> None:
         """Flags the rows of the coming step that hold a wanted last prompt token."""
         self._drain()
-        if not self._pending:
-            if self._dirty:
-                self.row_record.fill_(-1)
-                self._dirty = False
+        if not self._pending and not self._dirty:
             return
-        rows = np.full(len(self.row_record), -1, dtype=np.int32)
+        rows = self._row_record
+        rows[:] = -1
         start = 0
         for i, req_id in enumerate(req_ids):
             scheduled, computed = int(num_scheduled_tokens[i]), int(num_computed_tokens[i])
@@ -129,7 +131,7 @@ class Recorder:
                 del self._pending[req_id]
                 self._recorded.add(req_id)
             start += scheduled
-        upload(self.row_record, rows)
+        self._staging.upload()
         self._dirty = bool(self._staged)
 
     @torch.inference_mode()

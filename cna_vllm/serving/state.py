@@ -6,23 +6,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 import numpy as np
 import torch
 
 from cna_vllm.request import Steering
 from cna_vllm.serving.activation import StepBuffers
+from cna_vllm.serving.staging import Block, Staging
+from cna_vllm.serving.step_report import SteeredRows
 from cna_vllm.serving.table import CircuitTable, CircuitTableError
 from cna_vllm.serving.vector_table import VectorTable
 
-
-@dataclass(frozen=True)
-class SteeredRows:
-    """What one step steers: requests, their arms, and how many of their token rows."""
-
-    req_ids: tuple[str, ...]
-    arms: np.ndarray
-    rows: tuple[int, ...]
+_NEVER = 1 << 62
+"""A position that no request reaches."""
 
 
 @dataclass(frozen=True)
@@ -35,49 +32,49 @@ class _Arm:
     first_position: int
 
 
-class _Slots:
-    """One kind of an arm's operands: (table row, number) pairs of every arm, on host and device."""
+@dataclass
+class _Batch:
+    """A batch's requests, while none of them may have another arm.
 
-    def __init__(self, arms: int, slots: int, idle: float, device: torch.device) -> None:
-        """idle: the number of an unused slot."""
-        self.count = slots
+    arms: intp, -1 for plain requests. first_positions: int64. counts: the bytes of the last
+    step's counts, see ``fill``.
+    """
+
+    req_ids: list[str]
+    arms: np.ndarray
+    first_positions: np.ndarray
+    counts: bytes | None = None
+
+
+class _Slots:
+    """One kind of an arm's operands: (table row, number) pairs of every arm."""
+
+    def __init__(self, rows: Block, numbers: Block, idle: float) -> None:
+        """rows, numbers: [arms, slots]. idle: the number of an unused slot."""
+        self.count = rows.host.shape[1]
+        self.rows = rows.device
+        self.numbers = numbers.device.view(torch.float32)
         self._idle = idle
-        self._rows = np.full((arms, slots), -1, dtype=np.int32)
-        self._numbers = np.full((arms, slots), idle, dtype=np.float32)
-        self.rows = torch.from_numpy(self._rows.copy()).to(device)
-        self.numbers = torch.from_numpy(self._numbers.copy()).to(device)
+        self._rows = rows.host
+        self._numbers = numbers.host.view(np.float32)
+        self._rows[:] = -1
+        self._numbers[:] = idle
 
     def put(self, arm: int, rows: Sequence[int], pairs: Sequence[tuple[str, float]]) -> None:
-        """Sets an arm's slots on the host; ``upload`` brings them to the device."""
+        """Sets an arm's slots on the host."""
         self._rows[arm] = -1
         self._rows[arm, : len(rows)] = rows
         self._numbers[arm] = self._idle
         self._numbers[arm, : len(rows)] = [number for _, number in pairs]
 
-    def upload(self) -> None:
-        """Renews the device's copies."""
-        upload(self.rows, self._rows)
-        upload(self.numbers, self._numbers)
-
-
-def upload(destination: torch.Tensor, values: np.ndarray) -> None:
-    """Copies ``values`` over the start of ``destination`` without waiting for the device.
-
-    The pinned staging tensor is a new one each time: the caching host allocator keeps it until
-    the copy has run, so an asynchronous step that is still queued never sees later contents.
-    """
-    source = torch.from_numpy(values)
-    if destination.is_cuda:
-        source = source.pin_memory()
-    destination[: len(values)].copy_(source, non_blocking=True)
-
 
 class SteeringState:
     """Holds the running steered requests and fills the step buffers.
 
-    Host work per step: next to nothing while no steered request runs; else one pass over the
-    batch's request ids and, where the rows differ from the last step's, one packed copy of 4
-    bytes per token. It does not depend on the number of layers or of resident circuits.
+    Host work per step: next to nothing while no steered request runs. While a batch decodes, a
+    few array operations of its length. Where requests come and go, one pass over its request ids
+    and one packed copy of 4 bytes per token, with the arm tables where an arm is new. It does not
+    depend on the number of layers or of resident circuits.
     """
 
     def __init__(
@@ -93,18 +90,26 @@ class SteeringState:
         device = table.device
         self._table = table
         self._vectors = vectors
-        self.row_arm = torch.full((max_num_tokens,), -1, dtype=torch.int32, device=device)
-        # The arm tables; the device copies are renewed when an arm changed.
-        self._circuit_slots = _Slots(max_num_reqs, slots, 1.0, device)
-        self._vector_slots = _Slots(max_num_reqs, vector_slots, 0.0, device)
-        self._first_position = np.zeros(max_num_reqs, dtype=np.int64)
-        self._tokens = np.zeros(max_num_reqs, dtype=np.int64)
+        # One tensor, so that a step needs one copy: the arm tables, then the arm of each row.
+        arms = [(max_num_reqs, slots)] * 2 + [(max_num_reqs, vector_slots)] * 2
+        self._staging = Staging([*arms, (max_num_tokens,)], device)
+        *tables, rows = self._staging.blocks
+        self._circuit_slots = _Slots(tables[0], tables[1], 1.0)
+        self._vector_slots = _Slots(tables[2], tables[3], 0.0)
+        self.row_arm = rows.device
+        self._rows, self._rows_start = rows.host, rows.start
+        self._rows[:] = -1
+        self._staging.upload()
+        # By arm; the entry after the last stands for plain requests, whose arm is -1.
+        self._first_position = np.full(max_num_reqs + 1, _NEVER, dtype=np.int64)
+        self._tokens = np.zeros(max_num_reqs + 1, dtype=np.int64)
         self._free = list(range(max_num_reqs - 1, -1, -1))
         self._arms: dict[str, _Arm] = {}
         self._index: dict[str, int] = {}
-        self._changed = False
-        # What row_arm holds up to its last steered row; all rows after that are -1.
-        self._rows = np.empty(0, dtype=np.int32)
+        self._arms_changed = False
+        # What row_arm holds up to its last steered row, in rows; all rows after that are -1.
+        self._end = 0
+        self._batch: _Batch | None = None
         self._steered_tokens: Counter[str] = Counter()
         self.step: SteeredRows | None = None
         """What the last ``fill`` steers; None for a step without a steered row."""
@@ -151,6 +156,7 @@ class SteeringState:
             self._table.release(rows)
             raise
         self._arms[req_id] = _Arm(steering, rows, vector_rows, steering.first_position(prompt_len))
+        self._batch = None
 
     def suspend(self, req_id: str) -> None:
         """Gives back a preempted request's arm index; it takes a new one when it runs again.
@@ -162,6 +168,7 @@ class SteeringState:
             return
         self._count(req_id, index)
         self._free.append(index)
+        self._batch = None
 
     def remove(self, req_id: str) -> None:
         """Forgets a request; unknown ids are fine, runners announce those too."""
@@ -185,38 +192,26 @@ class SteeringState:
         [len(req_ids)]; row i of a request is its position num_computed_tokens + i. Rows past the
         batch, up to the longest earlier batch, are reset, so padded rows are plain.
         """
-        self.step = None
         if not self._arms:
-            self._write_rows(np.empty(0, dtype=np.int32))
+            self.step = None
+            if self._end:
+                self._write(np.empty(0, dtype=np.int32))
             return
-        index_of = self._index
-        if len(index_of) < len(self._arms):
-            for req_id in req_ids:
-                if req_id in self._arms and req_id not in index_of:
-                    self._place(req_id)
-        if self._changed:
-            self._circuit_slots.upload()
-            if self._vectors is not None:
-                self._vector_slots.upload()
-            self._changed = False
+        batch = self._batch
+        if batch is None or req_ids != batch.req_ids:
+            batch = self._batch = self._take(req_ids)
         num_reqs = len(req_ids)
-        index = np.fromiter((index_of.get(r, -1) for r in req_ids), dtype=np.int32, count=num_reqs)
-        scheduled = np.asarray(num_scheduled_tokens[:num_reqs], dtype=np.int64)
-        # Rows of a request before its first steered position; all rows when it is plain.
-        plain = self._first_position[index] - num_computed_tokens[:num_reqs]
-        plain = np.where(index < 0, scheduled, np.clip(plain, 0, scheduled))
-        steered = scheduled - plain
-        acting = np.flatnonzero(steered)
-        if acting.size:
-            self._tokens[index[acting]] += steered[acting]
-            self.step = SteeredRows(
-                tuple(req_ids[i] for i in acting), index[acting], tuple(steered[acting].tolist())
-            )
-
-        arms = np.stack([np.full(num_reqs, -1, dtype=np.int32), index], axis=1).reshape(-1)
-        counts = np.stack([plain, steered], axis=1).reshape(-1)
-        rows = np.repeat(arms, counts)
-        self._write_rows(rows[: int(np.flatnonzero(rows >= 0)[-1]) + 1 if steered.any() else 0])
+        scheduled = num_scheduled_tokens[:num_reqs]
+        # Of each request, its rows before its first steered position and those from there on.
+        counts = np.empty((num_reqs, 2), dtype=np.int64)
+        plain, steered = counts[:, 0], counts[:, 1]
+        np.subtract(batch.first_positions, num_computed_tokens[:num_reqs], out=plain)
+        np.minimum(np.maximum(plain, 0, out=plain), scheduled, out=plain)
+        np.subtract(scheduled, plain, out=steered)
+        self._tokens[batch.arms] += steered
+        if (held := counts.tobytes()) != batch.counts:
+            batch.counts = held
+            self._route(batch, counts)
 
     def steered_tokens(self) -> dict[str, int]:
         """Steered token rows so far, by digest (prompt rows of a recompute count again)."""
@@ -237,15 +232,17 @@ class SteeringState:
         digests = [digest for digest, _ in steering.vectors]
         return self._vectors.acquire(digests) if self._vectors is not None else ()
 
-    def _write_rows(self, rows: np.ndarray) -> None:
-        """Makes row_arm hold ``rows`` and -1 after them; while a batch decodes, that is no copy."""
-        if np.array_equal(rows, self._rows):
-            return
-        padding = np.full(max(len(self._rows) - len(rows), 0), -1, dtype=np.int32)
-        upload(self.row_arm, np.concatenate([rows, padding]))
-        self._rows = rows
+    def _take(self, req_ids: Sequence[str]) -> _Batch:
+        """Looks up the arms of a batch's requests; those that had none get one."""
+        found = map(self._index.get, req_ids, repeat(-1))
+        arms = np.fromiter(found, dtype=np.intp, count=len(req_ids))
+        for i in np.flatnonzero(arms < 0).tolist():
+            if req_ids[i] in self._arms:
+                arms[i] = self._place(req_ids[i])
+        # Copies the list, since runners may change theirs in place.
+        return _Batch(list(req_ids), arms, self._first_position[arms])
 
-    def _place(self, req_id: str) -> None:
+    def _place(self, req_id: str) -> int:
         arm = self._arms[req_id]
         index = self._free.pop()
         self._index[req_id] = index
@@ -253,7 +250,31 @@ class SteeringState:
         self._vector_slots.put(index, arm.vector_rows, arm.steering.vectors)
         self._first_position[index] = arm.first_position
         self._tokens[index] = 0
-        self._changed = True
+        self._arms_changed = True
+        return index
+
+    def _route(self, batch: _Batch, counts: np.ndarray) -> None:
+        """Writes the rows of a step. counts: [requests, 2], plain and then steered rows."""
+        steered = counts[:, 1]
+        acting = np.flatnonzero(steered)
+        end = int(acting[-1]) + 1 if acting.size else 0
+        arms = np.full((end, 2), -1, dtype=np.int32)
+        arms[:, 1] = batch.arms[:end]
+        self._write(np.repeat(arms, counts[:end].reshape(-1)))
+        self.step = SteeredRows(batch.req_ids, batch.arms, steered) if end else None
+
+    def _write(self, rows: np.ndarray) -> None:
+        """Brings ``rows``, -1 after them, and new arms to the device, in one copy or none."""
+        start = 0 if self._arms_changed else self._rows_start
+        stop = self._rows_start
+        if not np.array_equal(rows, self._rows[: self._end]):
+            stop += max(len(rows), self._end)
+            self._rows[len(rows) : self._end] = -1
+            self._rows[: len(rows)] = rows
+            self._end = len(rows)
+        if start < stop:
+            self._staging.upload(start, stop)
+            self._arms_changed = False
 
     def _count(self, req_id: str, index: int) -> None:
         tokens = int(self._tokens[index])

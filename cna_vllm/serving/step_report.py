@@ -3,11 +3,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
-from cna_vllm.serving.state import SteeredRows
+
+@dataclass(frozen=True, eq=False)
+class SteeredRows:
+    """What one step steers, over its whole batch; steps that steer the same may share one.
+
+    arms: intp [requests], -1 for plain requests. counts: steered token rows of each.
+    """
+
+    req_ids: Sequence[str]
+    arms: np.ndarray
+    counts: np.ndarray
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """Request id -> token rows, of the requests that are steered."""
+        pairs = zip(self.req_ids, self.counts.tolist(), strict=True)
+        return {req_id: count for req_id, count in pairs if count}
 
 
 class StepReport:
@@ -25,12 +45,15 @@ class StepReport:
 
     def rows(self) -> dict[str, int]:
         """Request id -> token rows that were steered."""
-        return dict(zip(self._step.req_ids, self._step.rows, strict=True))
+        return self._step.rows
 
     def overflowed(self) -> set[str]:
         """Ids of requests of which a steered row left the range of the model's dtype."""
-        hit = self._marks.numpy()[self._step.arms] == self._mark
-        return {self._step.req_ids[i] for i in hit.nonzero()[0]} if hit.any() else set()
+        hit = self._marks.numpy() == self._mark
+        if not hit.any():
+            return set()
+        step = self._step
+        return {step.req_ids[i] for i in np.flatnonzero(hit[step.arms] & (step.counts > 0))}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SentReport, (self.rows(), self.overflowed())

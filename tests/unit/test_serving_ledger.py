@@ -10,8 +10,7 @@ import torch
 
 from cna_vllm.request import Steering
 from cna_vllm.serving.ledger import Ledger
-from cna_vllm.serving.state import SteeredRows
-from cna_vllm.serving.step_report import SentReport, StepReport
+from cna_vllm.serving.step_report import SentReport, SteeredRows, StepReport
 
 DIGEST = "a" * 64
 
@@ -80,8 +79,10 @@ def test_shared_blocks_wait_for_their_last_user() -> None:
 
 
 def test_a_report_reads_only_marks_of_its_step_and_crosses_processes() -> None:
-    rows = SteeredRows(("a", "b", "c"), np.array([2, 0, 1]), (1, 2, 3))
-    told = StepReport(rows, torch.tensor([7, 6, 7], dtype=torch.int32), 7)
+    """Also beside requests that are plain or whose rows of the step are not steered."""
+    names, arms, counts = ("plain", "a", "b", "c", "d"), [-1, 2, 0, 1, 3], [0, 1, 2, 3, 0]
+    rows = SteeredRows(names, np.array(arms), np.array(counts))
+    told = StepReport(rows, torch.tensor([7, 6, 7, 7], dtype=torch.int32), 7)
     sent = pickle.loads(pickle.dumps(told))
     for seen in (told, sent):
         assert seen.rows() == {"a": 1, "b": 2, "c": 3}

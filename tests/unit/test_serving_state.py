@@ -114,6 +114,13 @@ class Schedules(RuleBasedStateMachine):
         self.requests: dict[str, Request] = {}
         self.counts: Counter[str] = Counter()
         self.made = 0
+        self.last: list[str] = []
+        # V1 hands over the same list and arrays each step, changed in place.
+        self.handed: tuple[list[str], np.ndarray, np.ndarray] = (
+            [],
+            np.full(MAX_REQS + 4, 7, dtype=np.int32),
+            np.full(MAX_REQS + 4, 7, dtype=np.int32),
+        )
 
     def ids(self, running: bool) -> list[str]:
         return [i for i, r in self.requests.items() if r.running == running]
@@ -199,17 +206,38 @@ class Schedules(RuleBasedStateMachine):
                 request.computed += accepted - drafts[req_id]
                 request.outputs += accepted + 1
 
+    @precondition(lambda self: self.last)
+    @rule(
+        widths=st.lists(st.sampled_from((1, 1, 1, 3)), min_size=1, max_size=3),
+        swap=st.booleans(),
+    )
+    def decode(self, widths: list[int], swap: bool) -> None:
+        """The last batch goes on as it is, one token or some drafts each, or in another order."""
+        names = [name for name in self.last if name in self.ids(True)]
+        for width in widths:
+            batch = [(name, width, self.requests[name].computed) for name in names]
+            self.run(batch[::-1] if swap else batch)
+            for name in names:
+                self.requests[name].computed += width
+                self.requests[name].outputs += width
+
     def run(self, batch: list[tuple[str, int, int]]) -> None:
-        """One step; every row of the whole buffer is checked."""
-        garbage = [7, 7, 7]  # runners hand over arrays of max_num_reqs
-        self.state.fill(
-            [req_id for req_id, _, _ in batch],
-            np.array([n for _, n, _ in batch] + garbage, dtype=np.int32),
-            np.array([c for _, _, c in batch] + garbage, dtype=np.int32),
-        )
+        """One step; every row of the whole buffer and all that is told of it are checked."""
+        self.last = [req_id for req_id, _, _ in batch]
+        names, scheduled, computed = self.handed
+        if self.readds_after_preemption:
+            names, scheduled, computed = [], scheduled.copy(), computed.copy()
+        names[:] = self.last
+        scheduled[: len(batch)] = [n for _, n, _ in batch]
+        computed[: len(batch)] = [c for _, _, c in batch]
+        self.state.fill(names, scheduled, computed)
+        self.check(batch)
+
+    def check(self, batch: list[tuple[str, int, int]]) -> None:
         arms = self.state.row_arm.tolist()
         row = 0
         arm_of: dict[str, int] = {}
+        rows: Counter[str] = Counter()
         for req_id, chunk, computed in batch:
             request = self.requests.get(req_id)
             for position in range(computed, computed + chunk):
@@ -221,10 +249,17 @@ class Schedules(RuleBasedStateMachine):
                 assert request.steering is not None
                 assert 0 <= arm < MAX_REQS, (req_id, position)
                 assert arm_of.setdefault(req_id, arm) == arm
+                rows[req_id] += 1
                 for digest, _ in request.steering.pairs:
                     self.counts[digest] += 1
         assert arms[row:] == [-1] * (MAX_TOKENS - row)
         assert len(set(arm_of.values())) == len(arm_of)
+        told = self.state.step
+        assert (told is not None) == bool(rows)
+        if told is not None:
+            assert told.rows == rows
+            told_arms = dict(zip(told.req_ids, told.arms.tolist(), strict=True))
+            assert {name: told_arms[name] for name in arm_of} == arm_of
         for req_id, arm in arm_of.items():
             steering = self.requests[req_id].steering
             assert steering is not None
@@ -352,6 +387,20 @@ def test_more_preempted_requests_than_arms() -> None:
         assert multipliers == [float(name[1:]) + 2 for name in batch]
         for name in batch:
             state.suspend(name)
+
+
+def test_the_same_batch_after_a_preemption_takes_a_new_arm() -> None:
+    """The list of requests is the last step's, yet the arm may since be another request's."""
+    _, state = make_state(max_reqs=2)
+    for name, multiplier in (("a", 2.0), ("b", 0.5)):
+        state.add(name, any_steering("all", multiplier), 4)
+    fill(state, ("a", 1, 0))
+    state.suspend("a")
+    (arm,) = fill(state, ("a", 1, 0))
+    assert fill(state, ("b", 1, 0)) != [arm]
+    assert fill(state, ("a", 1, 1)) == [arm]
+    assert float(state.arm_multipliers[arm, 0]) == 2.0
+    assert state.steered_tokens() == {min(CIRCUITS): 4}
 
 
 def test_rows_after_a_shrinking_batch_are_plain() -> None:
