@@ -15,7 +15,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -50,24 +49,9 @@ def main() -> None:
         state.add(name, steering, PROMPT)
     ledger, ones = Ledger("bfloat16"), np.ones(count, dtype=np.int32)
     field = {"cna_resolved": steering.to_field()}
-    ledger.begin_step(
-        SimpleNamespace(
-            finished_req_ids=(),
-            scheduled_new_reqs=[
-                SimpleNamespace(
-                    req_id=name,
-                    prompt_len=PROMPT,
-                    sampling_params=SimpleNamespace(extra_args=field),
-                )
-                for name in ids
-            ],
-        )
-    )
-    step = SimpleNamespace(
-        num_scheduled_tokens=dict.fromkeys(ids, 1),
-        scheduled_new_reqs=[],
-        scheduled_cached_reqs=SimpleNamespace(req_ids=ids, num_computed_tokens=[PROMPT] * count),
-    )
+    for name in ids:
+        ledger.begin(name, field, PROMPT)
+    scheduled, before = dict.fromkeys(ids, 1), [(name, PROMPT) for name in ids]
     computed = np.full(count, PROMPT, dtype=np.int32)
     marks = torch.zeros(count, dtype=torch.int32, device=device)
 
@@ -76,7 +60,7 @@ def main() -> None:
         return StepReport(state.step, marks.to("cpu", non_blocking=True, copy=True), 1)
 
     def check() -> None:
-        assert ledger.check(step, report()) == {}
+        assert ledger.check(scheduled, before, report()) == {}
 
     parts: dict[str, Callable[[], object]] = {
         "fill": lambda: state.fill(ids, ones, computed),

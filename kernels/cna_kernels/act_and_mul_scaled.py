@@ -16,7 +16,7 @@ One program computes BLOCK channels of one row as a tile [BLOCK / 8, 8]:
 * The grid is fixed by the shape of x and nothing is allocated but the output, so a launch can be
   captured in a CUDA graph and routing may change between replays.
 
-Rounding is that of eager torch: act, rounded to the dtype (correctly, see
+Rounding is that of eager torch: act, rounded to the dtype (see
 ``triton_activations``); product in float32, rounded; product with the factor in float32, rounded.
 Contraction into fused multiply-adds is off, so that a float32 result does not depend on what a
 compiler version chooses to fuse.

@@ -77,12 +77,29 @@ AHEAD_CASES: Final = [
 
 OVERFLOW_CASES: Final = list(product(DTYPES, (64, 7, 2050), range(3)))
 
-EXP2_ERROR: Final = {np.dtype(np.float32): 2.0**-21, np.dtype(np.float64): 2.0**-51}
-"""Relative, at least twice what the exp2 of a GPU has: ex2.approx, and libdevice's in float64."""
+ERROR: Final = 2.0**-22
+"""Relative, of what a GPU computes in one instruction or nearly: exp2 (ex2.approx) and the quotient
+(div.full)."""
 
-EVERY_GATE: Final = list(product((torch.float16, torch.bfloat16), sorted(EAGER), (0, 1, -1)))
-"""dtype, activation, and the sign of the error of exp2. Results are monotone in exp2's value, so
-that what holds at both ends holds for any error between."""
+EVERY_GATE: Final = list(
+    product((torch.float16, torch.bfloat16), sorted(EAGER), product((0, 1, -1), (0, 1, -1)))
+)
+"""dtype, activation, and the signs of the errors of exp2 and of quotients. Results are monotone in
+both, so that what holds at the ends holds for any error between."""
+
+TINY: Final = 2e-37
+"""Results under this may vanish: there exp2 overflows."""
+
+OFF: Final = {
+    (torch.float16, "silu"): (3, 19),
+    (torch.float16, "gelu_tanh"): (3, 24),
+    (torch.float16, "gelu"): (7, 18),
+    (torch.bfloat16, "silu"): (0, 2),
+    (torch.bfloat16, "gelu_tanh"): (0, 0),
+    (torch.bfloat16, "gelu"): (0, 0),
+}
+"""How many finite gates (63,488 of float16, 65,280 of bfloat16) give a neighbour of the nearest
+result, at most: with exact exp2 and quotients, and with errors in any direction."""
 
 
 def ulp(value: Tensor) -> Tensor:
@@ -100,35 +117,48 @@ def accurate(gate: Tensor, activation: str) -> Tensor:
 
 
 def check_unsteered(case: Case) -> None:
-    """Within one unit in the last place of the reference: activation rounded, product rounded."""
+    """Near the reference: activation rounded, product rounded. In 16 bits the activation is off by
+    one unit in the last place at most, the product then by two; in float32 by what the argument of
+    exp is rounded by, up to four units for each power of e by which it is under the gate.
+    """
     x = make_x(case.width, ROWS, case.dtype)
     out = act_and_mul_scaled(x, *make_tables(case.width, "none", ROWS), case.activation)
     gate, up = x.chunk(2, 1)
     expected = accurate(gate, case.activation) * up
+    act = ACCURATE[case.activation](gate.double())
     error = (out.double() - expected.double()).abs() / ulp(expected)
-    assert float(error.max()) <= 1, f"{float(error.max())} units in the last place"
+    error = error.where(act.abs() >= TINY, 0)
+    most = torch.full_like(error, 2)
+    if case.dtype == torch.float32:
+        most = 4 + 4 * (gate.double() / act).abs().clamp(1).log()
+    assert bool((error <= most).all()), f"{float((error - most).max())} units over what is allowed"
+    assert bool((out.abs() <= 2 * TINY * up.abs()).where(act.abs() < TINY, True).all())
 
 
 def exp2(x: Any, sign: int) -> Any:
-    """2**x as a GPU has it: off by EXP2_ERROR, and without subnormal results in float32."""
-    power = np.exp2(x.astype(np.float64)) * (1 + sign * EXP2_ERROR[x.dtype])
-    if x.dtype == np.float32:
-        power = np.where(power < np.finfo(np.float32).tiny, 0, power)
-    return power.astype(x.dtype)
+    """2**x as a GPU has it: off by ERROR, and without subnormal results."""
+    power = np.exp2(x.astype(np.float64)) * (1 + sign * ERROR)
+    return np.where(power < np.finfo(np.float32).tiny, 0, power).astype(x.dtype)
 
 
-def check_every_gate(dtype: torch.dtype, activation: str) -> None:
-    """Each finite 16-bit gate, with up = 1: the activation is the correctly rounded one."""
+def quotient(a: Any, b: Any, sign: int) -> Any:
+    """a / b as a GPU has it: off by ERROR, but exact by powers of two."""
+    exact = np.frexp(b)[0] == 0.5
+    return (a.astype(np.float64) / b * np.where(exact, 1, 1 + sign * ERROR)).astype(a.dtype)
+
+
+def check_every_gate(dtype: torch.dtype, activation: str, most: int) -> None:
+    """Each finite 16-bit gate, with up = 1: the nearest result; for ``most`` gates a neighbour."""
     gate = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     gate = gate.where(gate.isfinite(), 0).view(-1, 1024)
     x = torch.cat([gate, torch.ones_like(gate)], 1)
     out = act_and_mul_scaled(x, *make_tables(1024, "none", len(gate)), activation)
     expected = accurate(gate, activation)
-    # Under float32's normal range results vanish: there exp2 overflows, and bfloat16 ends.
-    normal = (expected.float().abs() >= 2e-37) | (gate == 0) | (dtype == torch.float16)
-    wrong = normal & (bits(out) != bits(expected))
-    assert not bool(wrong.any()), f"{int(wrong.sum())} gates, the first {float(gate[wrong][0])}"
-    assert bool((out[~normal].abs() <= 2e-37).all())
+    normal = (expected.float().abs() >= TINY) | (gate == 0) | (dtype == torch.float16)
+    distance = (bits(out).int() - bits(expected).int()).abs() * normal
+    assert int(distance.max()) <= 1, f"gate {float(gate.flatten()[distance.argmax()])}"
+    assert int(distance.sum()) <= most, f"{int(distance.sum())} gates, over {most}"
+    assert bool((out[~normal].abs() <= TINY).all())
 
 
 def check_steered(case: Case) -> None:
@@ -211,14 +241,14 @@ def main() -> None:
                 check_steered(case)
         except AssertionError as error:
             failures[case.name] = str(error)
-    for dtype, activation, sign in EVERY_GATE:
-        interpreter.InterpreterBuilder.create_exp2 = partialmethod(
-            interpreter.InterpreterBuilder.unary_op, op=partial(exp2, sign=sign)
-        )
+    builder = interpreter.InterpreterBuilder
+    for dtype, activation, signs in EVERY_GATE:
+        builder.create_exp2 = partialmethod(builder.unary_op, op=partial(exp2, sign=signs[0]))
+        builder.create_fdiv = partialmethod(builder.binary_op, op=partial(quotient, sign=signs[1]))
         try:
-            check_every_gate(dtype, activation)
+            check_every_gate(dtype, activation, OFF[dtype, activation][signs != (0, 0)])
         except AssertionError as error:
-            failures[f"every-gate-{dtype}-{activation}-{sign}"] = str(error)
+            failures[f"every-gate-{dtype}-{activation}-{signs}"] = str(error)
     for dtype, width, routing in VECTOR_CASES:
         try:
             check_vectors(dtype, width, routing)

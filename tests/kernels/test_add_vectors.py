@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import triton
+from sass import THREADS, tool
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cna_kernels import DTYPES, add_vectors, add_vectors_reference
 from cna_kernels.add_vectors import BLOCK, add_vectors_kernel
 from tests.kernels.cases import ROUTINGS, bits, make_hidden, make_row_arm, make_vectors, same
-from tests.kernels.test_compiled_kernel import THREADS, disassemble
 
 OP = torch.ops.cna.add_vectors.default
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -153,9 +153,9 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nvidia(tmp_path: Path, capability: int, dtype: str, accesses: int) -> None:
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compile_for(GPUTarget("cuda", capability, 32), dtype).asm["cubin"])
-    usage = disassemble("cuobjdump", "-res-usage", str(cubin))
+    usage = tool("cuobjdump", "-res-usage", str(cubin))
     assert re.findall(r"(STACK|LOCAL):(\d+)", usage) == [("STACK", "0"), ("LOCAL", "0")]
-    assembly = disassemble("nvdisasm", "-c", str(cubin))
+    assembly = tool("nvdisasm", "-c", str(cubin))
     assert not re.findall(r"\b(?:LDL|STL|FFMA)\b", assembly)
     # hidden once in and once out, and float32 vectors, two accesses a slot.
     assert len(re.findall(r"\bLDG\.E\.128\b", assembly)) == accesses + 2 * 2

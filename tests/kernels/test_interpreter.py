@@ -36,9 +36,9 @@ def test_kernel(report: dict[str, Any], name: str) -> None:
     assert name not in report["failures"], report["failures"][name]
 
 
-@pytest.mark.parametrize(("dtype", "activation", "sign"), interpreter_worker.EVERY_GATE)
-def test_every_gate(report: dict[str, Any], dtype: Any, activation: str, sign: int) -> None:
-    name = f"every-gate-{dtype}-{activation}-{sign}"
+@pytest.mark.parametrize(("dtype", "activation", "signs"), interpreter_worker.EVERY_GATE)
+def test_every_gate(report: dict[str, Any], dtype: Any, activation: str, signs: Any) -> None:
+    name = f"every-gate-{dtype}-{activation}-{signs}"
     assert name not in report["failures"], report["failures"][name]
 
 

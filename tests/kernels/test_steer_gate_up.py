@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from sass import tool
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -16,7 +17,7 @@ from triton.compiler import ASTSource
 from cna_kernels import CARRYING_DTYPES, EAGER, act_and_mul_scaled, steer_gate_up
 from cna_kernels.steer_gate_up import BLOCK, CARRIER, MAX_ELEMENTS, steer_gate_up_kernel
 from tests.kernels.cases import ROUTINGS, Tables, bits, make_ahead, make_tables, make_x, same
-from tests.kernels.test_compiled_kernel import ACTIVATIONS, disassemble, fresh_cache
+from tests.kernels.test_compiled_kernel import ACTIVATIONS, fresh_cache
 
 OP = torch.ops.cna.steer_gate_up.default
 EACH_DTYPE = pytest.mark.parametrize("dtype", CARRYING_DTYPES, ids=str)
@@ -172,12 +173,12 @@ def test_nvidia(tmp_path: Path, capability: int, dtype: str, activation: str) ->
     compiled = compile_for(GPUTarget("cuda", capability, 32), dtype, activation).asm
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled["cubin"])
-    usage = disassemble("cuobjdump", "-res-usage", str(cubin))
+    usage = tool("cuobjdump", "-res-usage", str(cubin))
     assert re.findall(r"(STACK|LOCAL):(\d+)", usage) == [("STACK", "0"), ("LOCAL", "0")]
     (registers,) = re.findall(r"REG:(\d+)", usage)
     if (dtype, activation) == ("bf16", "silu"):
         assert int(registers) <= 65536 // (32 * 32), "32 programs an SM, as MAX_PROGRAMS says"
-    assembly = disassemble("nvdisasm", "-c", str(cubin))
+    assembly = tool("nvdisasm", "-c", str(cubin))
     assert not re.findall(r"\b(?:LDL|STL|BAR)\b", assembly)
     # One mask byte a slot, to find tiles that hold a member, and in those again or kept.
     assert len(re.findall(r"\bLDG\.E\.U8\b", assembly)) in (4, 8)
