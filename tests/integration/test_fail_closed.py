@@ -147,3 +147,18 @@ def test_unsupported_models_are_refused(tmp_path: Path) -> None:
         with pytest.raises(EngineFailed) as failure:
             run_engine(engine, [{"op": "status"}])
         assert reason in str(failure.value)
+
+
+AFTER = """
+from vllm import LLM, SamplingParams
+plain = LLM(**{engine!r})
+params = SamplingParams(max_tokens=2, temperature=0.0)
+(output,) = plain.generate([{{"prompt_token_ids": [3, 4, 5]}}], params)
+assert len(output.outputs[0].token_ids) == 2
+"""
+
+
+def test_a_plain_engine_after_a_steered_one_in_one_process(tiny: Subject) -> None:
+    engine = tiny.config()
+    plain = {key: value for key, value in engine.items() if key != "additional_config"}
+    run_engine(engine, [{"op": "run", "code": AFTER.format(engine=plain)}], env=V1_HERE)
