@@ -29,7 +29,7 @@ TOGETHER = (
 )
 
 # What proves the engine side: `make test` runs it on each supported vLLM.
-ON_EACH_VERSION = ("tests/integration/", "tests/unit/test_serving_")
+ON_EACH_VERSION = ("tests/integration/", "tests/unit/test_serving_", "tests/test_vllm_room.py")
 # Of those, what no version of vLLM changes, or what takes its time and has a shorter twin there.
 ON_ONE_VERSION = (
     "tests/integration/serving/test_pages.py",

@@ -17,6 +17,7 @@ from cna_vllm.serving.step_report import SentReport, StepReport
 
 OVERFLOW = f"{FIELD_MULTIPLIER}: the steered activations left the range of "
 UNCOUNTED = f"{FIELD_CIRCUIT}: steered "
+MOST_COUNTED = 4096  # digests, so that counters stay bounded
 
 
 def overflow_message(dtype: str) -> str:
@@ -47,6 +48,8 @@ class Ledger:
     def __init__(self, dtype: str) -> None:
         self._dtype = dtype
         self._first: dict[str, int] = {}
+        self._digests: dict[str, frozenset[str]] = {}
+        self._tokens: dict[str, int] = {}
         self._failed: set[str] = set()
         # Blocks with unsound contents: those that others still hold, and those to be zeroed.
         self._tainted: set[int] = set()
@@ -56,11 +59,14 @@ class Ledger:
         """Takes in a request that runs its first step."""
         resolved = (extra_args or {}).get(RESOLVED_FIELD)
         if resolved is not None:
-            self._first[req_id] = Steering.from_field(resolved).first_position(prompt_len)
+            steering = Steering.from_field(resolved)
+            self._first[req_id] = steering.first_position(prompt_len)
+            self._digests[req_id] = frozenset(steering.digests)
 
     def end(self, req_id: str) -> None:
         """Forgets a request."""
         self._first.pop(req_id, None)
+        self._digests.pop(req_id, None)
         self._failed.discard(req_id)
 
     def check(
@@ -87,11 +93,23 @@ class Ledger:
             steered = rows.get(req_id, 0)
             if steered != expected:
                 wrong[req_id] = uncounted_message(steered, expected)
+            for digest in self._digests[req_id]:
+                self._count(digest, steered)
         for req_id in report.overflowed() if report is not None else ():
             if req_id in self._first:
                 wrong[req_id] = overflow_message(self._dtype)
                 self._failed.add(req_id)
         return wrong
+
+    def steered_tokens(self) -> dict[str, int]:
+        """Steered token rows so far, by digest, of the last MOST_COUNTED digests; prompt rows of a
+        recompute count again."""
+        return dict(self._tokens)
+
+    def _count(self, digest: str, rows: int) -> None:
+        if digest not in self._tokens and len(self._tokens) >= MOST_COUNTED:
+            del self._tokens[next(iter(self._tokens))]
+        self._tokens[digest] = self._tokens.get(digest, 0) + rows
 
     def unsound_from(self, req_id: str, computed: int, in_flight: int) -> int | None:
         """First position of a request, which gives its blocks back, whose KV may not be finite.

@@ -7,7 +7,6 @@ Labels are names of circuits and vectors, which only an operator chooses, and at
 
 from __future__ import annotations
 
-from collections import Counter as TokenCounts
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -80,7 +79,7 @@ class ControlMetrics:
             registry=registry,
         )
         self._labels: set[str] = set()
-        self._counted: dict[str, int] = {}
+        self._counted: dict[int, Mapping[str, int]] = {}
 
     def label(self, circuit: str) -> str:
         """The circuit's or vector's name, or ``other`` when there have been too many."""
@@ -99,22 +98,22 @@ class ControlMetrics:
     def take_status(
         self, reports: Sequence[Mapping[str, Any]], names: Mapping[str, str]
     ) -> None:
-        """Brings the gauges and the token counters up to the reports of one worker per engine.
+        """Brings the gauge and the token counters up to the reports of all engines, in rank order.
 
         names: content digest -> a name that stands for it; tokens of other content are ``other``.
         """
-        self.resident.set(len(set.intersection(*(set(r["circuits"]) for r in reports))))
-        self.table_bytes.set(reports[0]["table_bytes"])
-        steered: TokenCounts[str] = TokenCounts()
-        for report in reports:
-            steered.update(report["steered_tokens"])
-        for digest, tokens in steered.items():
-            new = tokens - self._counted.get(digest, 0)
-            if new > 0:
-                name = names.get(digest)
-                label = OTHER if name is None else self.label(name)
-                self.steered_tokens.labels(circuit=label).inc(new)
-                self._counted[digest] = tokens
+        self.resident.set(min(report["circuits"] for report in reports))
+        for rank, report in enumerate(reports):
+            counted = self._counted.get(rank, {})
+            for digest, tokens in report["steered_tokens"].items():
+                # Behind is what was left out meanwhile, or an engine that started anew.
+                before = counted.get(digest, 0)
+                new = tokens - before if tokens >= before else tokens
+                if new > 0:
+                    name = names.get(digest)
+                    label = OTHER if name is None else self.label(name)
+                    self.steered_tokens.labels(circuit=label).inc(new)
+            self._counted[rank] = report["steered_tokens"]
 
 
 def admit_counted(

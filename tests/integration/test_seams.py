@@ -115,7 +115,7 @@ def test_a_request_that_a_core_answers_without_adding_it_holds_nothing() -> None
 
     content = ResidentContent()
     core = SimpleNamespace(cna_content=content)
-    content.end_load("a", [{"resident": ["a"]}])
+    content.end_load("circuit", "a", [{"resident": ["a"]}])
     content.hold("late", ("a",))
     answer = engine_core._handle_client_request(lambda self, request_type, request: None)
     answer(core, EngineCoreRequestType.ABORT, ["late"])

@@ -10,6 +10,7 @@ import pytest
 
 from cna_vllm.packed import Packed
 from cna_vllm.request import RESOLVED_FIELD, Steering
+from cna_vllm.serving.ledger import Ledger
 from cna_vllm.serving.seal import Seal, deployment_secret
 from cna_vllm.serving.seams import engine_core
 from cna_vllm.serving.seams.engine_core import ResidentContent
@@ -35,7 +36,7 @@ PLAIN = [
 
 def load(content: ResidentContent, digest: str, *resident: list[str]) -> None:
     content.begin_load(())
-    content.end_load(digest, [{"resident": digests} for digests in resident])
+    content.end_load("circuit", digest, [{"resident": digests} for digests in resident])
 
 
 def holding(*digests: str) -> ResidentContent:
@@ -88,7 +89,7 @@ def test_while_workers_load_no_request_gets_what_they_may_overwrite() -> None:
     content.hold("new", (A, B))
     with pytest.raises(CircuitTableError, match="send it again"):
         content.hold("late", (C,))
-    content.end_load("d" * 64, [{"resident": [A, B, C]}])
+    content.end_load("circuit", "d" * 64, [{"resident": [A, B, C]}])
     content.hold("again", (C,))
 
 
@@ -139,6 +140,12 @@ def core() -> Core:
 
 def packed(digest: str = C) -> tuple[Any, ...]:
     return Packed("circuit", digest, b"", b"")
+
+
+def test_counters_are_the_cores_own(core: Core) -> None:
+    core.scheduler.cna_ledger, calls = Ledger("float16"), len(core.calls)
+    (report,) = core.collective_rpc("cna_counters")
+    assert report == {"circuits": 2, "steered_tokens": {}} and len(core.calls) == calls
 
 
 def test_a_core_that_sleeps_loads_nothing(core: Core) -> None:

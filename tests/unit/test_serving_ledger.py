@@ -6,6 +6,7 @@ from __future__ import annotations
 import pickle
 
 import numpy as np
+import pytest
 import torch
 
 from cna_vllm.request import Steering
@@ -41,6 +42,7 @@ def test_rows_follow_from_positions() -> None:
     assert ledger.check(scheduled, computed, report({"all": 3, "last": 1})) == {}
     scheduled, computed = dict.fromkeys(names, 1), dict.fromkeys(names, 10).items()
     assert ledger.check(scheduled, computed, report(dict.fromkeys(names, 1))) == {}
+    assert ledger.steered_tokens() == {DIGEST: 3 + 3 + 3 + 1 + 3}
     (told,) = {m.split(";")[0] for m in ledger.check(scheduled, computed, None).values()}
     assert "steered 0 token rows of a step in place of 1" in told
 
@@ -87,3 +89,14 @@ def test_a_report_reads_only_marks_of_its_step_and_crosses_processes() -> None:
     for seen in (told, sent):
         assert seen.rows() == {"a": 1, "b": 2, "c": 3}
         assert seen.overflowed() == {"a", "b"}
+
+
+def test_counted_digests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cna_vllm.serving.ledger.MOST_COUNTED", 2)
+    ledger = Ledger("float16")
+    for name in "abcb":
+        steering = Steering(((name * 64, 0.0),), "all")
+        ledger.begin(name, {"cna_resolved": steering.to_field()}, 1)
+        assert ledger.check({name: 1}, [(name, 0)], report({name: 1})) == {}
+        ledger.end(name)
+    assert ledger.steered_tokens() == {"b" * 64: 2, "c" * 64: 1}

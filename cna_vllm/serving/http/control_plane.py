@@ -129,6 +129,8 @@ class ControlPlane:
         """Once per start, before anything is served: all engines hold what the registry names."""
         async with self._change("start"):
             await ready(self._engine)
+            reports = await self._rpc("cna_status")
+        control_metrics().table_bytes.set(reports[0][0]["table_bytes"])
 
     async def names(self) -> tuple[Names, frozenset[str]]:
         """All names now, and which of them are pinned."""
@@ -141,9 +143,9 @@ class ControlPlane:
             raise ControlError("circuit_name", f"no circuit is named {show(name)}", 404)
         return name, circuit, name in self._registry.pinned
 
-    async def status(self) -> list[list[dict[str, Any]]]:
-        """For every engine, one report per worker."""
-        return await self._rpc("cna_status")
+    async def counters(self) -> list[dict[str, Any]]:
+        """What each engine's core has counted, in rank order; it asks no worker."""
+        return [report for (report,) in await self._rpc("cna_counters")]
 
     @asynccontextmanager
     async def _change(self, action: str, **names: str) -> AsyncIterator[None]:

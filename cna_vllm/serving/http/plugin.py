@@ -75,7 +75,7 @@ async def read_counters(engine_client: Any, control: ControlPlane, registry: Reg
     while not engine_client.errored:
         await asyncio.sleep(STATUS_SECONDS)
         try:
-            reports = [workers[0] for workers in await control.status()]
+            reports = await control.counters()
             names = registry.names().digests()
         except Exception as error:
             # The engine is ending or a change is half made: the next look tells.

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from cna_vllm.packed import Packed
+from cna_vllm.packed import KindName, Packed
 from cna_vllm.request import RESOLVED_FIELD, Steering, SteeringError
 from cna_vllm.serving.cache_keys import BlockKey, steering_key
 from cna_vllm.serving.config import CnaConfig
@@ -65,7 +65,7 @@ class ResidentContent:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._loaded: set[str] = set()
+        self._loaded: dict[str, KindName] = {}
         self._resident: frozenset[str] = frozenset()
         self._pending: dict[str, tuple[str, ...]] = {}
 
@@ -92,20 +92,27 @@ class ResidentContent:
         known = {d for request in requests for d in _digests(request)}
         with self._lock:
             wanted = known.union(*self._pending.values())
-            self._resident &= self._loaded | wanted
+            self._resident &= self._loaded.keys() | wanted
         return sorted(wanted)
 
-    def end_load(self, digest: str, reports: Iterable[Mapping[str, Any]]) -> None:
+    def end_load(
+        self, kind: KindName, digest: str, reports: Iterable[Mapping[str, Any]]
+    ) -> None:
         """What all workers hold after a load, or after one that failed."""
         with self._lock:
             self._resident = frozenset.intersection(*(frozenset(r["resident"]) for r in reports))
             if digest in self._resident:
-                self._loaded.add(digest)
+                self._loaded[digest] = kind
 
     def unload(self, digest: str) -> None:
         """Its row stays until it is needed."""
         with self._lock:
-            self._loaded.discard(digest)
+            self._loaded.pop(digest, None)
+
+    def loaded(self, kind: KindName) -> int:
+        """How many of a kind requests may use."""
+        with self._lock:
+            return sum(one == kind for one in self._loaded.values())
 
 
 def _digests(request: Any) -> Iterator[str]:
@@ -205,7 +212,8 @@ def _handle_request_preproc_error(original: Callable[..., None]) -> Callable[...
 
 
 def _collective_rpc(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    """Tells workers that make room for a circuit or a vector what unfinished requests need."""
+    """Tells workers that make room for a circuit or a vector what unfinished requests need;
+    answers for its counters itself, without a word to the workers."""
 
     def collective_rpc(
         self: Any,
@@ -214,24 +222,27 @@ def _collective_rpc(original: Callable[..., list[Any]]) -> Callable[..., list[An
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> list[Any]:
-        if method not in ("cna_load", "cna_unload"):
+        if method not in ("cna_load", "cna_unload", "cna_counters"):
             return original(self, method, timeout, args, kwargs)
         content = _content_of(self)
+        if method == "cna_counters":
+            tokens = self.scheduler.cna_ledger.steered_tokens()
+            return [{"circuits": content.loaded("circuit"), "steered_tokens": tokens}]
         if method == "cna_unload":
             content.unload(args[0])
             return original(self, method, timeout, args, kwargs)
         if self.model_executor.is_sleeping:
             return [{"resident": [], "refused": ASLEEP}]
         wanted = content.begin_load(self.scheduler.requests.values())
-        digest = Packed(*args).digest
+        kind, digest, *_ = Packed(*args)
         try:
             kwargs = {**(kwargs or {}), "wanted": wanted}
             reports = original(self, method, timeout, args, kwargs)
         except Exception:
             # Some worker may have overwritten a row before another failed.
-            content.end_load(digest, original(self, "cna_status"))
+            content.end_load(kind, digest, original(self, "cna_status"))
             raise
-        content.end_load(digest, reports)
+        content.end_load(kind, digest, reports)
         return reports
 
     return collective_rpc
