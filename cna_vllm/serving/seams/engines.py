@@ -86,11 +86,9 @@ async def call_every_engine(engine_client: Any, method: str, args: tuple[Any, ..
 
 
 def refuse_partial_control(config: CnaConfig, parallel_config: Any) -> None:
-    """Raises CnaConfigError where circuits are to be loaded while serving, and this front end
-    would not reach every engine that serves them."""
-    if config.circuit_dir is None:
-        return
-    if parallel_config.local_engines_only:
+    """Raises CnaConfigError where this front end would not reach every engine that serves what it
+    pushes: at the start, or of what is to be loaded while serving."""
+    if config.circuit_dir is not None and parallel_config.local_engines_only:
         raise CnaConfigError(
             "cna.circuit_dir: with external or hybrid load balancing a front end reaches its own "
             "engines only, so circuits could not be loaded on all engines or none; give circuits "
@@ -100,9 +98,8 @@ def refuse_partial_control(config: CnaConfig, parallel_config: Any) -> None:
         )
     if parallel_config.enable_elastic_ep:
         raise CnaConfigError(
-            "cna.circuit_dir: engines that elastic expert parallelism adds later would not hold "
-            "what was loaded before; give circuits at start and drop circuit_dir, or drop "
-            "--enable-elastic-ep"
+            "cna: engines that elastic expert parallelism adds later would not hold what was "
+            "loaded before; drop --enable-elastic-ep, or the cna key"
         )
 
 
