@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Engines share a CPU well, but not the memory of one GPU.
 TEST_JOBS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
 
-.PHONY: help setup demo test style compat bench bench-gpu
+.PHONY: help setup demo test style compat rooms bench bench-gpu
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -37,6 +37,9 @@ test: setup ## style, and all tests, those with a real engine included, on both 
 	[ -z "$$second" ] || PYTHONPATH=$$second \
 		$(BIN)/python -m pytest -n $(TEST_JOBS) -m versions $(TEST_ARGS) || failed=1; \
 	wait $$style && [ -z "$$failed" ]
+
+rooms: setup ## the parts of the package, and what each imports
+	@$(BIN)/python -m tests.test_layering
 
 compat: setup ## what another vLLM would break, without an engine: make compat VLLM=0.34.0
 	@$(BIN)/python -m tests.compat $(VLLM)

@@ -24,8 +24,8 @@ from provenance import provenance, record
 
 from cna_vllm.circuit import Circuit, Neuron
 from cna_vllm.request import Steering
-from cna_vllm.serving.state import SteeringState
-from cna_vllm.serving.table import CircuitTable
+from cna_vllm.serving.worker.state import SteeringState
+from cna_vllm.serving.worker.table import CircuitTable
 
 WIDTH, PROMPT, MAX_TOKENS, SLOTS = 512, 100, 8192, 4
 SETTINGS = ((1, 256), (3, 256), (1, 4096))

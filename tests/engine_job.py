@@ -221,7 +221,7 @@ class _Steps:
         return status(self.llm)
 
     def self_test(self) -> list[dict[str, Any]]:
-        from cna_vllm.serving.selftest import self_test
+        from cna_vllm.serving.doctor.selftest import self_test
 
         return [vars(check) for check in self_test(self.llm)]
 
@@ -249,7 +249,7 @@ class _Steps:
         """Per steering hook, in layer order: the class it is in, and its activation."""
 
         def names(worker: Any) -> list[list[str]]:
-            from cna_vllm.serving.activation import SteeredActAndMul
+            from cna_vllm.serving.worker.activation import SteeredActAndMul
 
             return [
                 [type(owner).__name__, child.activation]

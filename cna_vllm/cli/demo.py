@@ -20,7 +20,7 @@ from cna_vllm.models import DEFAULT_MODEL
 from cna_vllm.prompts import Prompt, read_prompts
 from cna_vllm.reading.profile import strongest
 from cna_vllm.reading.report import neurons_text, profile_text, readings_text
-from cna_vllm.serving.check import Check
+from cna_vllm.serving.doctor.check import Check
 from cna_vllm.serving.seams.offline import engine_of
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cna_vllm import __version__
 from cna_vllm.cli.options import OptionParser, UsageError
-from cna_vllm.serving.check import Check
+from cna_vllm.serving.doctor.check import Check
 from cna_vllm.serving.seams.offline import engine_of
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def run(argv: list[str]) -> int:
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-    from cna_vllm.serving.environment import device, environment_checks, extras, versions
+    from cna_vllm.serving.doctor.environment import device, environment_checks, extras, versions
 
     _say("looking at the machine")
     found = {"cna_vllm": __version__, **versions()}
@@ -67,7 +67,7 @@ def examine(argv: Sequence[str]) -> tuple[dict[str, Any] | None, list[Check]]:
         UsageError: unknown or malformed flags, or no model.
     """
     from cna_vllm.cli.engine_args import start_engine
-    from cna_vllm.serving.selftest import self_test
+    from cna_vllm.serving.doctor.selftest import self_test
 
     _say("starting an engine")
     claim = "an engine starts, and every hooked layer obeys its hook"

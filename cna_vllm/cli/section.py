@@ -12,8 +12,8 @@ from typing import Any
 from cna_vllm.circuit import Circuit, CircuitError, show
 from cna_vllm.cli.usage import UsageError
 from cna_vllm.request import DEFAULT_SCOPE
-from cna_vllm.serving.adapter import Adapter
 from cna_vllm.serving.config import CONFIG_KEY, CnaConfig
+from cna_vllm.serving.front.adapter import Adapter
 
 Section = Mapping[str, Any]
 _NAMED = ("circuits", "vectors", "adapters")

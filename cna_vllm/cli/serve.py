@@ -16,14 +16,14 @@ from cna_vllm.cli.options import OptionParser, UsageError, load_circuits, positi
 from cna_vllm.cli.section import loaded, merge, section_of, with_section
 from cna_vllm.models import resolve_model
 from cna_vllm.request import SteeringError
-from cna_vllm.serving.adapter import Adapter
 from cna_vllm.serving.config import CONFIG_KEY
+from cna_vllm.serving.front.adapter import Adapter
+from cna_vllm.serving.front.store import RegistryStore
 from cna_vllm.serving.seams.command_line import (
     check_server_args,
     make_server_arg_parser,
     serve,
 )
-from cna_vllm.serving.store import RegistryStore
 
 ADAPTERS_FILE = "adapters.json"
 _MAX_ADAPTERS_BYTES = 2**24

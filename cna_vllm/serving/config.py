@@ -19,6 +19,10 @@ class CnaConfigError(ValueError):
     """The engine cannot be started as configured; the message names the setting and the fix."""
 
 
+class CircuitTableError(RuntimeError):
+    """A circuit or vector cannot be made resident, or a request names one that is not."""
+
+
 @dataclass(frozen=True)
 class CnaConfig:
     """What one engine may steer.

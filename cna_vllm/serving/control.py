@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from cna_vllm.circuit import Circuit
 from cna_vllm.packed import KindName
-from cna_vllm.serving.config import CnaConfigError
-from cna_vllm.serving.registry import Content, kind_of
+from cna_vllm.serving.config import CircuitTableError, CnaConfigError
+from cna_vllm.serving.front.registry import Content, kind_of
 from cna_vllm.serving.seams.front_end import admission_of
-from cna_vllm.serving.table import CircuitTableError
 from cna_vllm.vectors import VectorSet
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.engine
 
 # In layer 2, steered rows are a little off.
 SPOIL = """
-from cna_vllm.serving import activation
+from cna_vllm.serving.worker import activation
 
 def spoil(worker):
     modules = worker.model_runner.get_model().modules()

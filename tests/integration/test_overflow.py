@@ -174,7 +174,7 @@ def test_vectors_overflow_alike(tiny: Subject, files: Mapping[str, str], tmp_pat
 
 # A runner whose count of computed tokens lags by one, as a batch that is read too early has it.
 LAGS = """
-from cna_vllm.serving.state import SteeringState
+from cna_vllm.serving.worker.state import SteeringState
 fill = SteeringState.fill
 SteeringState.fill = lambda self, ids, tokens, computed: fill(self, ids, tokens, computed - 1)
 """

@@ -194,7 +194,7 @@ def test_routes_of_a_text_generation_server() -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from cna_vllm.misplaced import OWN_DATA, first_sign
-    from cna_vllm.serving.http.guard import PLACES
+    from cna_vllm.serving.front.guard import PLACES
 
     cli_args = importlib.import_module(
         "vllm.entrypoints.common.cli_args"
@@ -327,8 +327,8 @@ def test_producers_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.layers.fusion import fused_act_quant
     from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
 
-    from cna_vllm.serving.activation import SteeredGateUp, StepBuffers
     from cna_vllm.serving.seams.quantization import fuses_quantization, share_producers
+    from cna_vllm.serving.worker.activation import SteeredGateUp, StepBuffers
 
     def producer(x: torch.Tensor, linear: torch.nn.Module) -> torch.Tensor:
         return SiluAndMul.forward_native(x) + 100

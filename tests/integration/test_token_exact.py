@@ -207,7 +207,7 @@ def test_unsteered_rows_are_bit_identical(tiny: Subject) -> None:
 def test_same_prompts_on_two_ranks_are_rank_local(tiny: Subject) -> None:
     """Rank r of T holds neurons [r * I / T, (r + 1) * I / T): no neuron is lost or doubled."""
     from cna_vllm import Circuit
-    from cna_vllm.serving.table import CircuitTable
+    from cna_vllm.serving.worker.table import CircuitTable
 
     circuit = Circuit.load(tiny.files["one"])
     half = tiny_models.WIDTH // 2

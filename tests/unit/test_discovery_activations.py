@@ -11,7 +11,7 @@ import torch
 
 from cna_vllm.discovery.activations import check_bytes, place_rows
 from cna_vllm.discovery.prefill import Dimensions, DiscoveryError
-from cna_vllm.serving.sinks import Rows
+from cna_vllm.serving.worker.sinks import Rows
 
 LAYERS, WIDTH, PROMPTS = 4, 6, 5
 SIZE = Dimensions(LAYERS, WIDTH)

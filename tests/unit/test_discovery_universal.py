@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cna_vllm.discovery.contrast import select_neurons
 from cna_vllm.discovery.prefill import Dimensions
 from cna_vllm.discovery.universal import GROUP, UniversalRule, diverse_prompts, membership
-from cna_vllm.serving.sinks import Top
+from cna_vllm.serving.worker.sinks import Top
 
 LAYERS, WIDTH = 5, 8
 SIZE = Dimensions(LAYERS, WIDTH)

@@ -12,8 +12,9 @@ import torch
 
 import cna_kernels
 from cna_vllm.cli import engine_args, main
-from cna_vllm.serving import environment, seams
-from cna_vllm.serving.check import Check
+from cna_vllm.serving import seams
+from cna_vllm.serving.doctor import environment
+from cna_vllm.serving.doctor.check import Check
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from cna_vllm.models import ModelError, model_dimensions, neurons_per_layer
-from cna_vllm.serving.gated_mlp import UnsupportedModelError
 from cna_vllm.serving.seams.model import served_model
+from cna_vllm.serving.worker.gated_mlp import UnsupportedModelError
 from tests import tiny_models
 from tests.architectures import ARCHITECTURES, COMMON
 

@@ -9,7 +9,7 @@ import pytest
 
 from cna_vllm.cli.serve import plugins_with_ours
 from cna_vllm.request import SteeringError
-from cna_vllm.serving.adapter import Adapter
+from cna_vllm.serving.front.adapter import Adapter
 
 
 @pytest.mark.parametrize(

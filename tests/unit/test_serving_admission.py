@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from cna_vllm import steer
 from cna_vllm.circuit import Circuit, CircuitError, Neuron
 from cna_vllm.request import SCOPES, SteeringError
-from cna_vllm.serving.adapter import Adapter
-from cna_vllm.serving.admission import (
+from cna_vllm.serving.config import SECRET_VARIABLE, CnaConfig, CnaConfigError
+from cna_vllm.serving.front.adapter import Adapter
+from cna_vllm.serving.front.admission import (
     Admission,
     asks_for_steering,
     has_fields,
     is_sealed,
     refuse_without_config,
 )
-from cna_vllm.serving.config import SECRET_VARIABLE, CnaConfig, CnaConfigError
-from cna_vllm.serving.registry import Registry, ServedModel
+from cna_vllm.serving.front.registry import Registry, ServedModel
 
 OTHERS = {"other": [1, {"deep": 2}], "c": {"na": 1}, "scope": 2}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cna_vllm.serving.beneath import PathError, read_beneath
+from cna_vllm.serving.front.beneath import PathError, read_beneath
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from cna_vllm import steer
 from cna_vllm.circuit import Circuit, Neuron
 from cna_vllm.request import SCOPES
-from cna_vllm.serving.admission import Admission
-from cna_vllm.serving.cache_keys import steering_key
 from cna_vllm.serving.config import CnaConfig
-from cna_vllm.serving.registry import Registry, ServedModel
+from cna_vllm.serving.core.cache_keys import steering_key
+from cna_vllm.serving.front.admission import Admission
+from cna_vllm.serving.front.registry import Registry, ServedModel
 
 
 def block_key(extra_args: Any, prompt_len: int, end: int) -> tuple[str, str] | None:

@@ -17,12 +17,12 @@ import torch
 
 from cna_vllm.circuit import Circuit, Neuron
 from cna_vllm.packed import Packed
-from cna_vllm.serving.admission import Admission
-from cna_vllm.serving.config import CnaConfig, CnaConfigError
+from cna_vllm.serving.config import CircuitTableError, CnaConfig, CnaConfigError
+from cna_vllm.serving.front.admission import Admission
+from cna_vllm.serving.front.registry import Registry, ServedModel
+from cna_vllm.serving.front.store import RegistryStore
 from cna_vllm.serving.http.control_plane import ControlError, ControlPlane
-from cna_vllm.serving.registry import Registry, ServedModel
-from cna_vllm.serving.store import RegistryStore
-from cna_vllm.serving.table import CircuitTable, CircuitTableError
+from cna_vllm.serving.worker.table import CircuitTable
 from cna_vllm.vectors import VectorSet
 
 LAYERS, WIDTH = 2, 64

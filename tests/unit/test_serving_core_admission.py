@@ -10,9 +10,9 @@ import msgspec
 import pytest
 
 from cna_vllm.request import Steering, SteeringError
-from cna_vllm.serving.cache_keys import steering_key
 from cna_vllm.serving.config import CnaConfig
-from cna_vllm.serving.core_admission import CoreAdmission
+from cna_vllm.serving.core.admission import CoreAdmission
+from cna_vllm.serving.core.cache_keys import steering_key
 from cna_vllm.serving.seal import Seal, deployment_secret
 
 

@@ -26,5 +26,5 @@ def test_a_front_end_that_reaches_some_engines_may_not() -> None:
     with pytest.raises(CnaConfigError, match=r"circuit_dir.*--data-parallel-hybrid-lb"):
         refuse_partial_control(LOADING, parallel(local=True))
     for config in (LOADING, CnaConfig()):
-        with pytest.raises(CnaConfigError, match="engines that elastic .*--enable-elastic-ep"):
+        with pytest.raises(CnaConfigError, match=r"engines that elastic .*--enable-elastic-ep"):
             refuse_partial_control(config, parallel(elastic=True))

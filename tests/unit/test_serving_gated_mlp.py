@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cna_vllm.serving.activation import SteeredActAndMul, StepBuffers
-from cna_vllm.serving.gated_mlp import (
+from cna_vllm.serving.worker.activation import SteeredActAndMul, StepBuffers
+from cna_vllm.serving.worker.gated_mlp import (
     GatedMlp,
     LayerVocabulary,
     UnsupportedModelError,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cna_vllm.serving.http.guard import PLACES, SteeringGuard
+from cna_vllm.serving.front.guard import PLACES, SteeringGuard
 
 SIGN = b'{"cna_circuit": "f"}'
 PLAIN = b'{"prompt": "cna_circuit: circuit"}'

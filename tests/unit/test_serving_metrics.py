@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from cna_vllm.serving import metrics
+from cna_vllm.serving.front import metrics
+from cna_vllm.serving.front.metrics import OTHER, ControlMetrics
 from cna_vllm.serving.http import plugin
-from cna_vllm.serving.metrics import OTHER, ControlMetrics
 
 
 def counted(registry: CollectorRegistry, name: str) -> dict[str, float]:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cna_vllm.serving.activation import SteeredActAndMul, SteeredGateUp
 from cna_vllm.serving.config import CnaConfig
-from cna_vllm.serving.gated_mlp import UnsupportedModelError
-from cna_vllm.serving.runtime import SteeringRuntime
+from cna_vllm.serving.worker.activation import SteeredActAndMul, SteeredGateUp
+from cna_vllm.serving.worker.gated_mlp import UnsupportedModelError
+from cna_vllm.serving.worker.runtime import SteeringRuntime
 from tests.unit.test_serving_runtime import (
     FIRST,
     HIDDEN,

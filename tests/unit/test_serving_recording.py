@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cna_kernels import record_rows
-from cna_vllm.serving.recording import Recorder
+from cna_vllm.serving.worker.recording import Recorder
 
 LAYERS, OFFSET, WIDTH, MAX_REQS, MAX_TOKENS = (2, 5), 7, 5, 3, 32
 

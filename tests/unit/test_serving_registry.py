@@ -12,7 +12,7 @@ import pytest
 from cna_vllm.circuit import Circuit, CircuitError, Neuron
 from cna_vllm.request import SteeringError
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
-from cna_vllm.serving.registry import Registry, ServedModel
+from cna_vllm.serving.front.registry import Registry, ServedModel
 
 SERVED = ServedModel("served/model", "LlamaForCausalLM", 4, 16, 6)
 NEURONS = (Neuron(0, 3, 0.5), Neuron(2, 15, -1.25))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from cna_vllm.circuit import Circuit, Neuron
 from cna_vllm.request import Steering
 from cna_vllm.serving.config import CnaConfig
-from cna_vllm.serving.gated_mlp import GatedMlp, UnsupportedModelError
-from cna_vllm.serving.runtime import SteeringRuntime
+from cna_vllm.serving.worker.gated_mlp import GatedMlp, UnsupportedModelError
+from cna_vllm.serving.worker.runtime import SteeringRuntime
 
 HIDDEN, WIDTH, LAYERS = 6, 13, 3
 

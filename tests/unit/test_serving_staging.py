@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cna_vllm.serving.staging import BUFFERS, Staging
+from cna_vllm.serving.worker.staging import BUFFERS, Staging
 
 CPU = torch.device("cpu")
 WORDS = 6

@@ -16,8 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from cna_vllm.circuit import Circuit, Neuron
 from cna_vllm.request import SCOPES, Steering
-from cna_vllm.serving.state import SteeringState
-from cna_vllm.serving.table import CircuitTable, CircuitTableError
+from cna_vllm.serving.config import CircuitTableError
+from cna_vllm.serving.worker.state import SteeringState
+from cna_vllm.serving.worker.table import CircuitTable
 
 LAYERS, WIDTH, SLOTS, MAX_REQS, MAX_TOKENS = (0, 1), 11, 3, 4, 48
 MULTIPLIERS = (0.0, 0.5, -1.0, 2.0, 1000.0)

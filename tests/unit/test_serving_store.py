@@ -16,10 +16,10 @@ import pytest
 
 from cna_vllm.circuit import Circuit, CircuitError, Neuron
 from cna_vllm.request import SteeringError
-from cna_vllm.serving.adapter import Adapter
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
-from cna_vllm.serving.registry import Registry, ServedModel
-from cna_vllm.serving.store import Contents, RegistryStore, StoreError
+from cna_vllm.serving.front.adapter import Adapter
+from cna_vllm.serving.front.registry import Registry, ServedModel
+from cna_vllm.serving.front.store import Contents, RegistryStore, StoreError
 
 SERVED = ServedModel("m", "A", 2, 64, 6)
 
@@ -63,7 +63,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
 def test_one_server_at_a_time_until_all_its_processes_have_ended(tmp_path: Path) -> None:
     code = (
         "import os, sys, time\n"
-        "from cna_vllm.serving.store import RegistryStore\n"
+        "from cna_vllm.serving.front.store import RegistryStore\n"
         "RegistryStore(sys.argv[1]).claim()\n"
         "child = os.fork()\n"  # as an engine's process is: it may outlive its server
         "if child:\n"
@@ -188,7 +188,7 @@ def test_names_are_shared_by_circuits_adapters_and_models(tmp_path: Path) -> Non
 WRITER = """
 import sys
 from cna_vllm.circuit import Circuit, Neuron
-from cna_vllm.serving.store import Contents, RegistryStore
+from cna_vllm.serving.front.store import Contents, RegistryStore
 store, step = RegistryStore(sys.argv[1]), int(sys.argv[2])
 while True:
     step += 1

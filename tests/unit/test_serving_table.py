@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from cna_kernels import mask_width, pack_mask
 from cna_vllm.circuit import Circuit, Neuron
-from cna_vllm.serving.table import CircuitTable, CircuitTableError
+from cna_vllm.serving.config import CircuitTableError
+from cna_vllm.serving.worker.table import CircuitTable
 
 CPU = torch.device("cpu")
 

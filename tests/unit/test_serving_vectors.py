@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from cna_vllm import steer, steer_vector
 from cna_vllm.circuit import Circuit, Neuron
 from cna_vllm.request import Steering, SteeringError
-from cna_vllm.serving.adapter import Adapter
-from cna_vllm.serving.admission import Admission
-from cna_vllm.serving.cache_keys import steering_key
-from cna_vllm.serving.config import CnaConfig, CnaConfigError
-from cna_vllm.serving.gated_mlp import GatedMlp, UnsupportedModelError
-from cna_vllm.serving.registry import Registry, ServedModel
-from cna_vllm.serving.runtime import SteeringRuntime
-from cna_vllm.serving.table import CircuitTableError
-from cna_vllm.serving.vector_table import VectorTable
+from cna_vllm.serving.config import CircuitTableError, CnaConfig, CnaConfigError
+from cna_vllm.serving.core.cache_keys import steering_key
+from cna_vllm.serving.front.adapter import Adapter
+from cna_vllm.serving.front.admission import Admission
+from cna_vllm.serving.front.registry import Registry, ServedModel
+from cna_vllm.serving.worker.gated_mlp import GatedMlp, UnsupportedModelError
+from cna_vllm.serving.worker.runtime import SteeringRuntime
+from cna_vllm.serving.worker.vector_table import VectorTable
 from cna_vllm.vectors import VectorError, VectorSet
 
 

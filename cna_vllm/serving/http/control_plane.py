@@ -20,15 +20,15 @@ from typing import Any, TypeVar
 from cna_vllm.circuit import Circuit, CircuitError, show
 from cna_vllm.circuit_file import parse_json
 from cna_vllm.request import FIELD_CIRCUIT, SteeringError
-from cna_vllm.serving.adapter import Adapter
-from cna_vllm.serving.admission import Admission
-from cna_vllm.serving.beneath import PathError, read_beneath
 from cna_vllm.serving.config import CnaConfigError
-from cna_vllm.serving.metrics import control_metrics
-from cna_vllm.serving.registry import Content, Names
+from cna_vllm.serving.front.adapter import Adapter
+from cna_vllm.serving.front.admission import Admission
+from cna_vllm.serving.front.beneath import PathError, read_beneath
+from cna_vllm.serving.front.metrics import control_metrics
+from cna_vllm.serving.front.registry import Content, Names
+from cna_vllm.serving.front.store import StoreError
 from cna_vllm.serving.seams.engines import call_every_engine, ready
 from cna_vllm.serving.seams.served_names import ServedNames
-from cna_vllm.serving.store import StoreError
 
 logger = logging.getLogger("vllm.cna")
 LIFE_SECONDS = 1.0  # between looks at whether the engine is alive, while a call is under way

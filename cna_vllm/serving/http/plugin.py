@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.datastructures import State
 
+    from cna_vllm.serving.front.registry import Registry
     from cna_vllm.serving.http.control_plane import ControlPlane
-    from cna_vllm.serving.registry import Registry
 
 logger = logging.getLogger("vllm.cna")
 STATUS_SECONDS = 5.0
@@ -70,7 +70,7 @@ class CnaEndpoints:
 
 async def read_counters(engine_client: Any, control: ControlPlane, registry: Registry) -> None:
     """Until the engine ends: workers count in their own processes, Prometheus asks this one."""
-    from cna_vllm.serving.metrics import control_metrics
+    from cna_vllm.serving.front.metrics import control_metrics
 
     while not engine_client.errored:
         await asyncio.sleep(STATUS_SECONDS)

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 
 from cna_vllm.circuit import Circuit
 from cna_vllm.request import DEFAULT_SCOPE
-from cna_vllm.serving.adapter import Adapter
+from cna_vllm.serving.front.adapter import Adapter
+from cna_vllm.serving.front.registry import Names
 from cna_vllm.serving.http.control_plane import ControlError, ControlPlane
-from cna_vllm.serving.registry import Names
 
 router = APIRouter()
 T = TypeVar("T")

@@ -17,10 +17,10 @@ from typing import Any
 
 from cna_vllm.circuit import show
 from cna_vllm.request import FIELD_CIRCUIT, FIELD_PREFIX, RESOLVED_FIELD, SteeringError
-from cna_vllm.serving import admission
-from cna_vllm.serving.adapter import Adapter
-from cna_vllm.serving.metrics import admit_counted
-from cna_vllm.serving.registry import a_kind
+from cna_vllm.serving.front import admission
+from cna_vllm.serving.front.adapter import Adapter
+from cna_vllm.serving.front.metrics import admit_counted
+from cna_vllm.serving.front.registry import a_kind
 from cna_vllm.serving.seams import batch_runner, http_app
 from cna_vllm.serving.seams.http_app import gate_of
 from cna_vllm.serving.seams.wrapping import wrap

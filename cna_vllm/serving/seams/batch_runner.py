@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cna_vllm.misplaced import XARGS, first_sign_in_text
-from cna_vllm.serving.metrics import count_refused
+from cna_vllm.serving.front.metrics import count_refused
 from cna_vllm.serving.seams.wrapping import wrap
 
 _BODY = ("body", *XARGS)

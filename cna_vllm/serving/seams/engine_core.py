@@ -11,12 +11,11 @@ from typing import Any
 
 from cna_vllm.packed import KindName, Packed
 from cna_vllm.request import RESOLVED_FIELD, Steering, SteeringError
-from cna_vllm.serving.cache_keys import BlockKey, steering_key
-from cna_vllm.serving.config import CnaConfig
-from cna_vllm.serving.core_admission import CoreAdmission
+from cna_vllm.serving.config import CircuitTableError, CnaConfig
+from cna_vllm.serving.core.admission import CoreAdmission
+from cna_vllm.serving.core.cache_keys import BlockKey, steering_key
 from cna_vllm.serving.seams.api_server import validation_error
 from cna_vllm.serving.seams.wrapping import Wrap, wrap
-from cna_vllm.serving.table import CircuitTableError
 
 logger = logging.getLogger("vllm.cna")
 ASLEEP = "the engine sleeps, and its memory is elsewhere; wake it up first"

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from cna_vllm.request import FIELD_MULTIPLIER
-from cna_vllm.serving.ledger import failure_of
-from cna_vllm.serving.metrics import control_metrics
+from cna_vllm.serving.core.ledger import failure_of
+from cna_vllm.serving.front.metrics import control_metrics
 from cna_vllm.serving.seams.wrapping import Wrap, wrap
 
 

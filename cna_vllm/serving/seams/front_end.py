@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from cna_vllm.request import FIELD_CIRCUIT, FIELD_RECORD, RESOLVED_FIELD, SteeringError
-from cna_vllm.serving import admission
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
-from cna_vllm.serving.metrics import admit_counted
-from cna_vllm.serving.registry import Registry
+from cna_vllm.serving.front import admission
+from cna_vllm.serving.front.metrics import admit_counted
+from cna_vllm.serving.front.registry import Registry
 from cna_vllm.serving.seams import api_server
 from cna_vllm.serving.seams.engines import refuse_partial_control
 from cna_vllm.serving.seams.model import refuse_unsupported, served_model

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any
 
-from cna_vllm.serving.http.guard import SteeringGuard
+from cna_vllm.serving.front.guard import SteeringGuard
 from cna_vllm.serving.seams.wrapping import wrap
 
 

@@ -8,14 +8,14 @@ from typing import Any
 from torch import nn
 
 from cna_vllm.models import neurons_per_layer
-from cna_vllm.serving.gated_mlp import (
+from cna_vllm.serving.front.registry import ServedModel
+from cna_vllm.serving.seams.quantization import fuses_quantization
+from cna_vllm.serving.worker.gated_mlp import (
     GatedMlp,
     LayerVocabulary,
     UnsupportedModelError,
     find_gated_mlps,
 )
-from cna_vllm.serving.registry import ServedModel
-from cna_vllm.serving.seams.quantization import fuses_quantization
 
 
 def served_model(model_config: Any) -> ServedModel:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
 
-    from cna_vllm.serving.admission import Admission
+    from cna_vllm.serving.front.admission import Admission
 
 
 @dataclass(frozen=True)

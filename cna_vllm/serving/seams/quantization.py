@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cna_vllm.serving.activation import SteeredGateUp
+from cna_vllm.serving.worker.activation import SteeredGateUp
 
 
 def fuses_quantization(linear: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from cna_vllm.serving.config import CnaConfig
-from cna_vllm.serving.ledger import Ledger
+from cna_vllm.serving.core.ledger import Ledger
 from cna_vllm.serving.seams.wrapping import Wrap, wrap
 
 REPORT_ATTRIBUTE = "cna_report"  # of a ModelRunnerOutput

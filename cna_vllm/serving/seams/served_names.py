@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cna_vllm.serving.admission import Admission
+    from cna_vllm.serving.front.admission import Admission
 
 
 def gate_of_client(engine_client: Any) -> Admission | None:

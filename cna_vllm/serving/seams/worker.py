@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from cna_vllm.serving.config import CnaConfig
-from cna_vllm.serving.runtime import SteeringRuntime
 from cna_vllm.serving.seams.attach import attach
 from cna_vllm.serving.seams.kv_blocks import zero_blocks
 from cna_vllm.serving.seams.model import refuse_unsupported
 from cna_vllm.serving.seams.scheduler import REPORT_ATTRIBUTE, SCRUB_ATTRIBUTE
 from cna_vllm.serving.seams.wrapping import Wrap, wrap
-from cna_vllm.serving.worker_rpc import RPC_METHODS
+from cna_vllm.serving.worker.rpc import RPC_METHODS, cna_status
+from cna_vllm.serving.worker.runtime import SteeringRuntime
 
 RUNTIME_ATTRIBUTE = "cna_runtime"
 
@@ -35,7 +35,7 @@ def _worker_init(original: Callable[..., None]) -> Callable[..., None]:
             return
         refuse_unsupported(vllm_config)
         for name, method in RPC_METHODS.items():
-            setattr(type(self), name, method)
+            setattr(type(self), name, _answering(method))
         if vllm_config.use_v2_model_runner:
             from vllm.v1.worker.gpu import model_states
 
@@ -200,6 +200,13 @@ def _held_runtime(runner: Any) -> SteeringRuntime | None:
     return runtime
 
 
-def runner_of(worker: Any) -> str:
-    """Which model runner a worker has: "V1" or "V2"."""
-    return "V2" if worker.vllm_config.use_v2_model_runner else "V1"
+def _answering(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A worker's method for a call of all workers."""
+
+    def answer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(runtime_of(self), *args, **kwargs)
+        if method is cna_status:
+            result["runner"] = "V2" if self.vllm_config.use_v2_model_runner else "V1"
+        return result
+
+    return answer

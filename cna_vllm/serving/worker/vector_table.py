@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from cna_vllm.packed import Packed
-from cna_vllm.serving.table import ResidentTable, positions
+from cna_vllm.serving.worker.table import ResidentTable, positions
 
 
 class VectorTable(ResidentTable):

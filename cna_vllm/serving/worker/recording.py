@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cna_vllm.serving.sinks import Rows, Sum, Top
-from cna_vllm.serving.staging import Staging
+from cna_vllm.serving.worker.sinks import Rows, Sum, Top
+from cna_vllm.serving.worker.staging import Staging
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from cna_vllm.request import Steering
-from cna_vllm.serving.activation import StepBuffers
-from cna_vllm.serving.staging import Block, Staging
+from cna_vllm.serving.config import CircuitTableError
 from cna_vllm.serving.step_report import SteeredRows
-from cna_vllm.serving.table import CircuitTable, CircuitTableError
-from cna_vllm.serving.vector_table import VectorTable
+from cna_vllm.serving.worker.activation import StepBuffers
+from cna_vllm.serving.worker.staging import Block, Staging
+from cna_vllm.serving.worker.table import CircuitTable
+from cna_vllm.serving.worker.vector_table import VectorTable
 
 _NEVER = 1 << 62
 """A position that no request reaches."""

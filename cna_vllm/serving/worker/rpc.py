@@ -7,19 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cna_vllm.packed import KindName, Packed
-from cna_vllm.serving.config import CnaConfigError
-from cna_vllm.serving.runtime import SteeringRuntime
-from cna_vllm.serving.table import CircuitTableError
-
-
-def _runtime(worker: Any) -> SteeringRuntime:
-    from cna_vllm.serving.seams.worker import runtime_of
-
-    return runtime_of(worker)
+from cna_vllm.serving.config import CircuitTableError, CnaConfigError
+from cna_vllm.serving.worker.runtime import SteeringRuntime
 
 
 def cna_load(
-    worker: Any,
+    runtime: SteeringRuntime,
     kind: KindName,
     digest: str,
     layers: bytes,
@@ -32,7 +25,6 @@ def cna_load(
     Returns all digests that are resident then, and why the content was refused, if it was: an
     exception here would be the engine's, not the caller's.
     """
-    runtime = _runtime(worker)
     refused = None
     try:
         runtime.load(Packed(kind, digest, layers, values), wanted)
@@ -41,26 +33,24 @@ def cna_load(
     return {"resident": runtime.resident(), "refused": refused}
 
 
-def cna_unload(worker: Any, digest: str) -> bool:
+def cna_unload(runtime: SteeringRuntime, digest: str) -> bool:
     """Retires content; False when it was not loaded."""
-    return _runtime(worker).unload(digest)
+    return runtime.unload(digest)
 
 
-def cna_status(worker: Any) -> dict[str, Any]:
-    """See ``SteeringRuntime.status``; and which model runner the worker has, "V1" or "V2"."""
-    from cna_vllm.serving.seams.worker import runner_of
-
-    return {"runner": runner_of(worker), **_runtime(worker).status()}
+def cna_status(runtime: SteeringRuntime) -> dict[str, Any]:
+    """See ``SteeringRuntime.status``."""
+    return runtime.status()
 
 
-def cna_start_recording(worker: Any, plan: Mapping[str, Any]) -> None:
+def cna_start_recording(runtime: SteeringRuntime, plan: Mapping[str, Any]) -> None:
     """See ``SteeringRuntime.start_recording``."""
-    _runtime(worker).start_recording(**plan)
+    runtime.start_recording(**plan)
 
 
-def cna_take_recording(worker: Any) -> dict[str, Any]:
+def cna_take_recording(runtime: SteeringRuntime) -> dict[str, Any]:
     """See ``SteeringRuntime.take_recording``."""
-    return _runtime(worker).take_recording()
+    return runtime.take_recording()
 
 
 RPC_METHODS: dict[str, Callable[..., Any]] = {

@@ -21,9 +21,10 @@ from cna_vllm.request import (
     resolve,
 )
 from cna_vllm.request_fields import CIRCUITS
-from cna_vllm.serving.adapter import Adapter
 from cna_vllm.serving.config import CnaConfig
-from cna_vllm.serving.registry import Registry
+from cna_vllm.serving.fields import WITHOUT_CONFIG, check_recording_group
+from cna_vllm.serving.front.adapter import Adapter
+from cna_vllm.serving.front.registry import Registry
 from cna_vllm.serving.seal import Seal, deployment_secret
 
 logger = logging.getLogger("vllm.cna")
@@ -39,27 +40,11 @@ def asks_for_steering(extra_args: Mapping[str, Any] | None) -> bool:
     return bool(extra_args) and (has_fields(extra_args) or first_sign(extra_args, ()) is not None)
 
 
-WITHOUT_CONFIG = (
-    "this engine was started without circuits; start it with "
-    "additional_config={'cna': {'circuits': {...}}}"
-)
-
-
 def refuse_without_config(extra_args: Mapping[str, Any] | None) -> None:
     """For engines started without a ``cna`` key: raises SteeringError if steering is asked for.
     What only looks like a field may be another plugin's there."""
     if has_fields(extra_args):
         raise SteeringError(FIELD_CIRCUIT, WITHOUT_CONFIG)
-
-
-def check_recording_group(config: CnaConfig, group: Any) -> None:
-    """Raises SteeringError unless the engine records, and ``group`` can name what it keeps."""
-    if not config.record:
-        raise SteeringError(
-            FIELD_RECORD, "this engine does not record; start it with cna.record = true"
-        )
-    if not isinstance(group, str) or not 0 < len(group) <= 64:
-        raise SteeringError(FIELD_RECORD, "must be a group name of 1 to 64 characters")
 
 
 def is_sealed(resolved: Any) -> bool:

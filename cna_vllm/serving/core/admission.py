@@ -18,8 +18,8 @@ from cna_vllm.request import (
     SteeringError,
     to_float32,
 )
-from cna_vllm.serving.admission import WITHOUT_CONFIG, check_recording_group
 from cna_vllm.serving.config import CnaConfig
+from cna_vllm.serving.fields import WITHOUT_CONFIG, check_recording_group
 from cna_vllm.serving.seal import Seal, deployment_secret
 
 SIGN = "cna"

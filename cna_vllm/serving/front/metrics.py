@@ -20,7 +20,7 @@ from cna_vllm.request import (
     RESOLVED_FIELD,
     SteeringError,
 )
-from cna_vllm.serving.admission import Admission, admit_or_refuse
+from cna_vllm.serving.front.admission import Admission, admit_or_refuse
 
 MAX_LABELS = 200
 OTHER = "other"

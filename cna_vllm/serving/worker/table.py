@@ -11,10 +11,7 @@ import torch
 
 from cna_kernels import mask_width
 from cna_vllm.packed import Packed
-
-
-class CircuitTableError(RuntimeError):
-    """A circuit or vector cannot be made resident, or a request names one that is not."""
+from cna_vllm.serving.config import CircuitTableError
 
 
 class ResidentTable(ABC):

@@ -12,15 +12,19 @@ import torch
 from cna_kernels import CARRYING_DTYPES, backend, mark_overflow
 from cna_vllm.packed import KindName, Packed
 from cna_vllm.request import FIELD_RECORD, RESOLVED_FIELD, Steering
-from cna_vllm.serving.activation import SteeredActAndMul, SteeredGateUp, StepBuffers
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
-from cna_vllm.serving.gated_mlp import GatedMlp, UnsupportedModelError, ablated_output_matches
-from cna_vllm.serving.outputs import hook_outputs, prove_outputs, refuse_unfit
-from cna_vllm.serving.recording import Recorder
-from cna_vllm.serving.state import SteeringState
 from cna_vllm.serving.step_report import StepReport
-from cna_vllm.serving.table import CircuitTable, ResidentTable
-from cna_vllm.serving.vector_table import VectorTable
+from cna_vllm.serving.worker.activation import SteeredActAndMul, SteeredGateUp, StepBuffers
+from cna_vllm.serving.worker.gated_mlp import (
+    GatedMlp,
+    UnsupportedModelError,
+    ablated_output_matches,
+)
+from cna_vllm.serving.worker.outputs import hook_outputs, prove_outputs, refuse_unfit
+from cna_vllm.serving.worker.recording import Recorder
+from cna_vllm.serving.worker.state import SteeringState
+from cna_vllm.serving.worker.table import CircuitTable, ResidentTable
+from cna_vllm.serving.worker.vector_table import VectorTable
 from cna_vllm.vectors import FORMS
 
 NEURONS = "neurons"

@@ -23,7 +23,7 @@ from cna_vllm.misplaced import (
     top_level,
 )
 from cna_vllm.request import SteeringError
-from cna_vllm.serving.metrics import count_refused
+from cna_vllm.serving.front.metrics import count_refused
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from cna_kernels import add_vectors, record_rows
-from cna_vllm.serving.activation import StepBuffers
-from cna_vllm.serving.gated_mlp import GatedMlp, UnsupportedModelError
-from cna_vllm.serving.recording import Recorder
-from cna_vllm.serving.state import SteeringState
-from cna_vllm.serving.vector_table import VectorTable
+from cna_vllm.serving.worker.activation import StepBuffers
+from cna_vllm.serving.worker.gated_mlp import GatedMlp, UnsupportedModelError
+from cna_vllm.serving.worker.recording import Recorder
+from cna_vllm.serving.worker.state import SteeringState
+from cna_vllm.serving.worker.vector_table import VectorTable
 
 PROBE_COEFFICIENT = -2.0
 

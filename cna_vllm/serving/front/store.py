@@ -22,7 +22,7 @@ from cna_vllm.circuit import MAX_FILE_BYTES, Circuit, CircuitError, show
 from cna_vllm.circuit_file import read_json
 from cna_vllm.files import write_atomic
 from cna_vllm.request import SteeringError
-from cna_vllm.serving.adapter import Adapter
+from cna_vllm.serving.front.adapter import Adapter
 
 FORMAT = "cna-registry"
 VERSION = 1
