@@ -3,16 +3,16 @@
 
     python benchmarks/sass.py [--vllm-so vllm/_C_stable_libtorch.abi3.so] [--record]
 
-Counted is what one thread executes for its 8 elements: of a row that is not steered (`idle`), and
-of one with one circuit (`steered`); of vLLM's vectorized kernel one pass of its loop, on the fast
-side of every division. `--vllm-so` is vLLM's compiled library, from its wheel for CUDA.
+Counted is what one thread executes for its 8 elements, of a row that is not steered, and of rows
+with one circuit and with four, in the kernel as it is launched by default; of vLLM's vectorized
+kernel one pass of its loop, on the fast side of every division. `--vllm-so` is vLLM's compiled
+library, from its wheel for CUDA.
 
 What follows for a GPU is a prediction, to be measured by `make bench-gpu`. In 16 bits the op moves
 6 bytes an element, of which an H100 copies 500 a nanosecond (3.0 TB/s); its 528 schedulers issue
 some 920 instructions of a warp in that time, which is 59 an element, and 7 special ones. So SiLU
-and the tanh GELU, at 20 to 38 and 2, are bound by memory, steered or not; the exact GELU, at 60, is
-at the edge. Then what counts is the bytes in flight: with at most 32 registers all 2048 threads of
-an SM are resident, with the 64 of the first H100 run half of them, which was 4% behind vLLM's op.
+and the tanh GELU, at 20 to 45 and 2, are bound by memory, steered or not; the exact GELU, at 60, is
+at the edge. What 4% at 8,192 rows of the first H100 run came from, the counts do not say.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import argparse
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from cna_kernels.act_and_mul_scaled import BLOCK, NUM_WARPS, act_and_mul_scaled_
 
 THREADS = 128
 ELEMENTS = BLOCK // THREADS  # of a thread
+SLOTS = 4  # circuits that a request may combine, by default
 CAPABILITIES = (80, 89, 90, 100)
 DTYPES = {"bf16": ("c108BFloat16E", "__nv_bfloat162"), "fp16": ("c104HalfE", "__half2")}
 # What a launch specializes on: I and the row stride are multiples of 16 in every model, and
@@ -79,11 +81,14 @@ def instructions(assembly: str) -> list[tuple[str, str]]:
     return found
 
 
-def executed(code: list[tuple[str, str]], forward: bool) -> list[str]:
-    """What a thread executes, where branches on a predicate go forward if ``forward``, else not;
-    no exit on a predicate is taken, and the way back of a loop ends its only pass."""
+def executed(code: list[tuple[str, str]], stays: Sequence[bool] | None = None) -> list[str]:
+    """What a thread executes. No exit on a predicate is taken, and the way back of a loop ends its
+    only pass.
+
+    stays: of each branch on a predicate that comes, whether it is not taken; None: all are.
+    """
     place = {label: at for at, (label, _) in enumerate(code)}
-    at, done = 0, list[str]()
+    at, met, done = 0, 0, list[str]()
     while at < len(code):
         text = code[at][1]
         done.append(text)
@@ -94,10 +99,13 @@ def executed(code: list[tuple[str, str]], forward: bool) -> list[str]:
             always = not re.match(r"@|BRA\.U\b", text)
             if always and target <= at:
                 break
-            if always or (forward and target > at):
+            met += not always
+            if always or (target > at and (stays is None or not stays[met - 1])):
                 at = target
                 continue
         at += 1
+    if stays is not None and met != len(stays):
+        raise ValueError(f"{met} branches, not {len(stays)}: the kernel was compiled otherwise")
     return done
 
 
@@ -122,12 +130,15 @@ def usage(cubin: Path, name: str = "") -> dict[str, int]:
 
 
 def ours(folder: Path, capability: int, dtype: str, activation: str) -> dict[str, Any]:
-    """Figures of the kernel for one circuit a request."""
-    compiled = compile_for(GPUTarget("cuda", capability, 32), dtype, activation, 1)
+    """Figures of the kernel for rows of no, one and SLOTS circuits."""
+    compiled = compile_for(GPUTarget("cuda", capability, 32), dtype, activation, SLOTS)
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     code = instructions(tool("nvdisasm", "-c", cubin))
-    paths = {"idle": executed(code, True), "steered": executed(code, False)}
+    paths = {"idle": executed(code, [False, False])}
+    for name, circuits in {"one": 1, "all": SLOTS}.items():
+        slots = [slot < circuits for slot in range(SLOTS)]
+        paths[name] = executed(code, [True, *slots, True])
     return {**usage(cubin), **{name: counts(path) for name, path in paths.items()}}
 
 
@@ -146,7 +157,7 @@ def vllms(library: Path, folder: Path, capability: int, dtype: str) -> dict[str,
     for elf in sorted(elves.iterdir()):
         if found := name.search(elf.read_bytes().decode("latin-1")):
             code = instructions(tool("cuobjdump", "-sass", "-fun", found[0], elf))
-            return {**usage(elf, found[0]), **counts(executed(code, True))}
+            return {**usage(elf, found[0]), **counts(executed(code))}
     return None
 
 
@@ -176,8 +187,8 @@ def shown(row: dict[str, Any]) -> str:
     """One line."""
     text = (
         f"sm_{row['sm']:<4} {row['dtype']} {row['act']:10} registers {row['registers']:3}  "
-        f"instructions an element: idle {row['idle']['instructions_per_element']:6}, steered "
-        f"{row['steered']['instructions_per_element']:6}"
+        "instructions an element: "
+        + ", ".join(f"{n} {row[n]['instructions_per_element']:6}" for n in ("idle", "one", "all"))
     )
     if row.get("vllm"):
         text += f", vLLM {row['vllm']['instructions_per_element']:6}"

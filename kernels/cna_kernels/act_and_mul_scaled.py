@@ -11,8 +11,8 @@ One program computes BLOCK channels of one row as a tile [BLOCK / 8, 8]:
   would halve the access (AMD's 4 warps are 256 threads, so it gets 2). A larger BLOCK would not
   widen it, and would leave more of the last block idle (I = 1536 fills 1.5 blocks).
 * A row that is not steered costs one 4-byte load and a scalar branch.
-* Slots are unrolled and predicated rather than branched on, so that their mask loads are in
-  flight together; an unused slot issues none.
+* What a steered row reads is asked for before gate and up are needed. A slot is branched on: nearly
+  all requests have one circuit, and an unused slot then costs 3 instructions a thread.
 * The grid is fixed by the shape of x and nothing is allocated but the output, so a launch can be
   captured in a CUDA graph and routing may change between replays.
 
@@ -73,17 +73,16 @@ def act_and_mul_scaled_kernel(  # type: ignore[no-untyped-def]
     gate = tl.load(x_row + channel, mask=live, other=0.0)
     up = tl.load(x_row + size + channel, mask=live, other=0.0)
 
-    # Before gate and up are needed: what a steered row reads is on its way together with them.
     factor = tl.full([BLOCK // 8, 8], 1.0, tl.float32)
     if arm >= 0:
         width = tl.cdiv(size, 8)
         for slot in tl.static_range(K):
             circuit = tl.load(arm_circuits_ptr + arm * K + slot).to(tl.int64)
-            multiplier = tl.load(arm_multipliers_ptr + arm * K + slot)
-            end = tl.where(circuit >= 0, width, 0)
-            held = tl.load(masks_ptr + circuit * width + byte, mask=byte < end, other=0)
-            member = ((held.to(tl.int32)[:, None] >> bit[None, :]) & 1) != 0
-            factor = tl.where(member, factor * multiplier, factor)
+            if circuit >= 0:
+                multiplier = tl.load(arm_multipliers_ptr + arm * K + slot)
+                held = tl.load(masks_ptr + circuit * width + byte, mask=byte < width, other=0)
+                member = ((held.to(tl.int32)[:, None] >> bit[None, :]) & 1) != 0
+                factor = tl.where(member, factor * multiplier, factor)
 
     act = activate(gate, ACTIVATION)
     out = (act.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)

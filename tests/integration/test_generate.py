@@ -86,7 +86,7 @@ def command(folder: Path, output: str, *more: str, prompts: str = "in.jsonl") ->
 @pytest.fixture(scope="module")
 def lives(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """All runs of this module, by the name of their output."""
-    interrupt = [{"signal": signal.SIGINT, "rows": 30}]
+    interrupt = [{"signal": signal.SIGINT, "rows": 3}]
     jobs = {
         "whole.jsonl": command(folder, "whole.jsonl"),
         "killed.jsonl": command(folder, "killed.jsonl") | {"kills": random_kills(KILLS, 12, 7)},
