@@ -7,13 +7,15 @@ Needs no model: the time does not depend on layers or width. Cases: ``steady``, 
 steered and decodes; ``replaced``, one of them ends and a new one takes its place each step
 (removal and registration are timed too); ``prefilling``, one of them prefills 100 tokens beside
 the others, another each step; ``plain``, the same batch with no steered request. Interleaved, one
-step of each a round; the spread is the 95th percentile over the median. With --record one JSON
-row is appended to benchmarks/results/fill.jsonl.
+step of each a round; the spread is the 95th percentile over the median. And what blocks a step
+while a circuit of 100,000 neurons is loaded (32 layers of 14,336 and 80 of 28,672), the median of
+several such circuits. With --record one JSON row is appended to benchmarks/results/fill.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +30,7 @@ from cna_vllm.serving.worker.state import SteeringState
 from cna_vllm.serving.worker.table import CircuitTable
 
 WIDTH, PROMPT, MAX_TOKENS, SLOTS = 512, 100, 8192, 4
+LARGE, SHAPES = 100_000, ((32, 14336), (80, 28672))
 SETTINGS = ((1, 256), (3, 256), (1, 4096))
 """Circuits a request, and resident circuits."""
 
@@ -69,8 +72,26 @@ def resident(count: int, device: torch.device) -> CircuitTable:
     """A table full of different circuits."""
     table = CircuitTable(range(2), 0, WIDTH, count, device)
     for i in range(count):
-        table.load(Circuit("m", "A", 2, WIDTH, (Neuron(0, i % WIDTH), Neuron(1, i // WIDTH))))
+        neurons = (Neuron(0, i % WIDTH), Neuron(1, i // WIDTH))
+        table.load(Circuit("m", "A", 2, WIDTH, neurons).packed())
     return table
+
+
+def time_loads(layers: int, width: int, device: torch.device, count: int = 9) -> dict[str, float]:
+    """Median of ``CircuitTable.load`` in milliseconds, and the slowest over it."""
+    table, rng = CircuitTable(range(layers), 0, width, count + 1, device), random.Random(0)
+    taken = []
+    for _ in range(count + 1):
+        places = rng.sample(range(layers * width), LARGE)
+        neurons = tuple(Neuron(*divmod(place, width)) for place in places)
+        content = Circuit("m", "A", layers, width, neurons).packed()
+        started = time.perf_counter()
+        table.load(content)
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        taken.append((time.perf_counter() - started) * 1e3)
+    median = statistics.median(taken[1:])  # the first has the rest of the start-up
+    return {"ms": median, "slowest": max(taken[1:]) / median}
 
 
 def measure(
@@ -114,9 +135,12 @@ def main() -> None:
         cells.append({"circuits": circuits, "resident": count, "cases": cases})
         shown = ", ".join(f"{n} {c['us']:.1f} us (p95 x{c['p95']:.2f})" for n, c in cases.items())
         print(f"{options.requests} requests, {circuits} of {count} circuits each: {shown}")
+    loads = {f"{n} x {width}": time_loads(n, width, device) for n, width in SHAPES}
+    for shape, cell in loads.items():
+        print(f"load of {LARGE:,} neurons, {shape}: {cell['ms']:.2f} ms (x{cell['slowest']:.2f})")
     if options.record:
         row = {"requests": options.requests, "rounds": options.rounds, "cells": cells}
-        record("fill", {**provenance(), "on": str(device), **row})
+        record("fill", {**provenance(), "on": str(device), **row, "loads": loads})
 
 
 if __name__ == "__main__":

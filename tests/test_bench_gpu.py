@@ -45,7 +45,7 @@ def test_a_rehearsal_of_the_kernels_parts(tmp_path: Path) -> None:
     """Through the interpreter; rows go where they are told to, the table is made of them."""
     results = tmp_path / "rows.jsonl"
     kept = (BENCHMARKS / "results" / "gpu.jsonl").read_bytes()
-    parts = ("kernel_check", "kernel_bench")
+    parts = ("kernel_check", "kernel_bench", "fill")
     done = run("gpu", "--rehearse", "--results", str(results), "--only", *parts)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in results.read_text().splitlines()]

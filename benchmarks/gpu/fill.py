@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[1] / "fill.py"
 
 
 def main() -> None:
-    command = [sys.executable, str(SCRIPT), *([] if rehearsing() else ["--record"])]
+    command = [sys.executable, str(SCRIPT), *(["--rounds", "10"] if rehearsing() else ["--record"])]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.stdout:
         emit({"lines": done.stdout.splitlines()})

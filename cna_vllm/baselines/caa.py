@@ -27,7 +27,7 @@ from cna_vllm.discovery.prefill import (
 )
 from cna_vllm.discovery.record import assemble
 from cna_vllm.prompts import PromptLike, prompts_digest
-from cna_vllm.serving.seams.offline import engine_of, gate_of
+from cna_vllm.serving.seams.offline import engine_of, gate_of_llm
 from cna_vllm.vectors import FORMS, Form, VectorError, VectorSet, check_residual
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _dimensions(llm: LLM, form: Form) -> Dimensions:
     if form not in FORMS:
         raise VectorError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
     size = Dimensions.of(llm)
-    gate = gate_of(llm)
+    gate = gate_of_llm(llm)
     if gate is None or not gate.config.max_vectors:
         raise DiscoveryError(
             "this engine does not record outputs; start it with "

@@ -151,8 +151,8 @@ def _finished(
     try:
         while True:
             for position, request in _first(requests, slots - len(stream)):
-                params = sampling_params(request.sampling, request.arm)
                 try:
+                    params = sampling_params(request.sampling, request.arm)
                     stream.add(str(position), prompts[request], params)
                 except ValueError as error:
                     raise BatchError(f"{request.source}: {one_line(error)}") from error

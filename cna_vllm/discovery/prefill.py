@@ -12,7 +12,7 @@ import numpy as np
 from cna_vllm.prompts import Prompt, PromptError, PromptLike, prompts_of
 from cna_vllm.rendering import chat_template_used, render
 from cna_vllm.request import FIELD_RECORD
-from cna_vllm.serving.seams.offline import engine_of, gate_of
+from cna_vllm.serving.seams.offline import engine_of, gate_of_llm
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -34,7 +34,7 @@ class Dimensions:
     @classmethod
     def of(cls, llm: LLM) -> Dimensions:
         """Of the model that an engine serves. Raises DiscoveryError when it does not record."""
-        gate = gate_of(llm)
+        gate = gate_of_llm(llm)
         if gate is None or not gate.config.record:
             raise DiscoveryError(
                 "this engine does not record; start it with "

@@ -3,13 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+
+MOST_COUNTED = 4096  # digests
+
+
+class TokenCounts(dict[str, int]):
+    """Steered token rows by content digest, of the last MOST_COUNTED digests: bounded, however
+    many circuits come and go."""
+
+    def add(self, digests: Iterable[str], rows: int) -> None:
+        """Counts ``rows`` for each digest."""
+        for digest in digests:
+            if digest not in self and len(self) >= MOST_COUNTED:
+                del self[next(iter(self))]
+            self[digest] = self.get(digest, 0) + rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,6 +38,30 @@ BLOCK: Final = 1024
 NUM_WARPS: Final = 4 if torch.version.hip is None else 2
 
 
+@triton.jit
+def steered_factor(  # type: ignore[no-untyped-def]
+    arm,
+    byte,
+    width,
+    arm_circuits_ptr,
+    arm_multipliers_ptr,
+    masks_ptr,
+    K: tl.constexpr,
+):
+    """float32 [bytes, 8]: of each channel of the mask bytes ``byte``, the product, in slot order,
+    of the multipliers of the arm's circuits that hold it. width: bytes of a mask."""
+    bit = tl.arange(0, 8)
+    factor = tl.full([byte.shape[0], 8], 1.0, tl.float32)
+    for slot in tl.static_range(K):
+        circuit = tl.load(arm_circuits_ptr + arm * K + slot).to(tl.int64)
+        if circuit >= 0:
+            multiplier = tl.load(arm_multipliers_ptr + arm * K + slot)
+            held = tl.load(masks_ptr + circuit * width + byte, mask=byte < width, other=0)
+            member = ((held.to(tl.int32)[:, None] >> bit[None, :]) & 1) != 0
+            factor = tl.where(member, factor * multiplier, factor)
+    return factor
+
+
 # The steering operands are read by the byte or the word: their alignment must not select
 # another compiled variant, or a layer's slice of a larger table could compile during serving.
 @triton.jit(
@@ -76,13 +100,9 @@ def act_and_mul_scaled_kernel(  # type: ignore[no-untyped-def]
     factor = tl.full([BLOCK // 8, 8], 1.0, tl.float32)
     if arm >= 0:
         width = tl.cdiv(size, 8)
-        for slot in tl.static_range(K):
-            circuit = tl.load(arm_circuits_ptr + arm * K + slot).to(tl.int64)
-            if circuit >= 0:
-                multiplier = tl.load(arm_multipliers_ptr + arm * K + slot)
-                held = tl.load(masks_ptr + circuit * width + byte, mask=byte < width, other=0)
-                member = ((held.to(tl.int32)[:, None] >> bit[None, :]) & 1) != 0
-                factor = tl.where(member, factor * multiplier, factor)
+        factor = steered_factor(
+            arm, byte, width, arm_circuits_ptr, arm_multipliers_ptr, masks_ptr, K
+        )
 
     act = activate(gate, ACTIVATION)
     out = (act.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)

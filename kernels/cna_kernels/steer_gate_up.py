@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import Library
 
-from cna_kernels.act_and_mul_scaled import INTERPRETED
+from cna_kernels.act_and_mul_scaled import INTERPRETED, steered_factor
 from cna_kernels.activations import eager_activation
 from cna_kernels.triton_activations import activate
 
@@ -77,14 +77,9 @@ def steer_gate_up_kernel(  # type: ignore[no-untyped-def]
                 present |= held.to(tl.int32)
             if tl.max(present, 0) != 0:
                 # Few tiles come here, and they find the masks in the cache.
-                factor = tl.full([BLOCK // 8, 8], 1.0, tl.float32)
-                for slot in tl.static_range(K):
-                    circuit = tl.load(arm_circuits_ptr + arm * K + slot).to(tl.int64)
-                    multiplier = tl.load(arm_multipliers_ptr + arm * K + slot)
-                    end = tl.where(circuit >= 0, width, 0)
-                    held = tl.load(masks_ptr + circuit * width + byte, mask=byte < end, other=0)
-                    member = ((held.to(tl.int32)[:, None] >> bit[None, :]) & 1) != 0
-                    factor = tl.where(member, factor * multiplier, factor)
+                factor = steered_factor(
+                    arm, byte, width, arm_circuits_ptr, arm_multipliers_ptr, masks_ptr, K
+                )
                 channel = byte[:, None] * 8 + bit[None, :]
                 steered = (factor != 1.0) & (channel < size)
                 gate = tl.load(x_row + channel, mask=steered, other=0.0)

@@ -92,7 +92,7 @@ def test_a_report_reads_only_marks_of_its_step_and_crosses_processes() -> None:
 
 
 def test_counted_digests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cna_vllm.serving.core.ledger.MOST_COUNTED", 2)
+    monkeypatch.setattr("cna_vllm.serving.step_report.MOST_COUNTED", 2)
     ledger = Ledger("float16")
     for name in "abcb":
         steering = Steering(((name * 64, 0.0),), "all")

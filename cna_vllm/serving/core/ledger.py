@@ -13,11 +13,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cna_vllm.request import FIELD_CIRCUIT, FIELD_MULTIPLIER, RESOLVED_FIELD, Steering
-from cna_vllm.serving.step_report import SentReport, StepReport
+from cna_vllm.serving.step_report import SentReport, StepReport, TokenCounts
 
 OVERFLOW = f"{FIELD_MULTIPLIER}: the steered activations left the range of "
 UNCOUNTED = f"{FIELD_CIRCUIT}: steered "
-MOST_COUNTED = 4096  # digests, so that counters stay bounded
 
 
 def overflow_message(dtype: str) -> str:
@@ -49,7 +48,7 @@ class Ledger:
         self._dtype = dtype
         self._first: dict[str, int] = {}
         self._digests: dict[str, frozenset[str]] = {}
-        self._tokens: dict[str, int] = {}
+        self._tokens = TokenCounts()
         self._failed: set[str] = set()
         # Blocks with unsound contents: those that others still hold, and those to be zeroed.
         self._tainted: set[int] = set()
@@ -93,8 +92,7 @@ class Ledger:
             steered = rows.get(req_id, 0)
             if steered != expected:
                 wrong[req_id] = uncounted_message(steered, expected)
-            for digest in self._digests[req_id]:
-                self._count(digest, steered)
+            self._tokens.add(self._digests[req_id], steered)
         for req_id in report.overflowed() if report is not None else ():
             if req_id in self._first:
                 wrong[req_id] = overflow_message(self._dtype)
@@ -102,14 +100,8 @@ class Ledger:
         return wrong
 
     def steered_tokens(self) -> dict[str, int]:
-        """Steered token rows so far, by digest, of the last MOST_COUNTED digests; prompt rows of a
-        recompute count again."""
+        """Steered token rows so far, by digest; prompt rows of a recompute count again."""
         return dict(self._tokens)
-
-    def _count(self, digest: str, rows: int) -> None:
-        if digest not in self._tokens and len(self._tokens) >= MOST_COUNTED:
-            del self._tokens[next(iter(self._tokens))]
-        self._tokens[digest] = self._tokens.get(digest, 0) + rows
 
     def unsound_from(self, req_id: str, computed: int, in_flight: int) -> int | None:
         """First position of a request, which gives its blocks back, whose KV may not be finite.

@@ -278,13 +278,14 @@ class Registry:
 
 
 def _find(names: Names, kind: KindName, name: str) -> Content:
-    of_kind = {n: c for n, c in names.contents.items() if kind_of(c) == kind}
-    if name not in of_kind:
-        known = ", ".join(sorted(of_kind)[:20]) or "none is loaded"
+    content = names.contents.get(name)
+    if content is None or kind_of(content) != kind:
+        of_kind = sorted(n for n, c in names.contents.items() if kind_of(c) == kind)
+        known = ", ".join(of_kind[:20]) or "none is loaded"
         raise SteeringError(
             _FIELDS[kind], f"no {kind} is named {show(name)}; known {kind}s: {known}"
         )
-    return of_kind[name]
+    return content
 
 
 def _without(mapping: Mapping[str, T], name: str) -> dict[str, T]:

@@ -42,13 +42,10 @@ class CnaEndpoints:
         """
         from cna_vllm.serving.config import CnaConfigError
         from cna_vllm.serving.http.control_plane import ControlPlane
-        from cna_vllm.serving.seams.served_names import (
-            ServedNames,
-            api_process,
-            gate_of_client,
-        )
+        from cna_vllm.serving.seams.gate import gate_of
+        from cna_vllm.serving.seams.served_names import ServedNames, api_process
 
-        gate = gate_of_client(engine_client)
+        gate = gate_of(engine_client)
         state.cna_control = None
         if gate is None:
             return

@@ -22,7 +22,7 @@ from cna_vllm.serving.front.adapter import Adapter
 from cna_vllm.serving.front.metrics import admit_counted
 from cna_vllm.serving.front.registry import a_kind
 from cna_vllm.serving.seams import batch_runner, http_app
-from cna_vllm.serving.seams.http_app import gate_of
+from cna_vllm.serving.seams.gate import gate_of
 from cna_vllm.serving.seams.wrapping import wrap
 
 _SERVED: ContextVar[tuple[str, Any] | None] = ContextVar("cna_served", default=None)

@@ -9,6 +9,7 @@ from typing import Any
 
 from cna_vllm.packed import Packed
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
+from cna_vllm.serving.seams.gate import gate_of
 from cna_vllm.serving.seams.wrapping import Wrap, wrap
 
 
@@ -61,7 +62,7 @@ async def _push(engine_client: Any) -> None:
 
 def _contents(engine: Any) -> list[Packed]:
     """What the names of an engine's front end stand for."""
-    gate = engine.input_processor.cna_admission
+    gate = gate_of(engine)
     if gate is None:
         return []
     contents = {c.digest: c for c in gate.registry.names().contents.values()}

@@ -15,10 +15,8 @@ from cna_vllm.serving.front.registry import Registry
 from cna_vllm.serving.seams import api_server
 from cna_vllm.serving.seams.engines import refuse_partial_control
 from cna_vllm.serving.seams.model import refuse_unsupported, served_model
-from cna_vllm.serving.seams.offline import gate_of
+from cna_vllm.serving.seams.offline import gate_of_llm
 from cna_vllm.serving.seams.wrapping import Wrap, wrap
-
-ADMISSION_ATTRIBUTE = "cna_admission"
 
 
 def install(wrap: Wrap = wrap) -> None:
@@ -93,7 +91,7 @@ def _assign_request_id(original: Callable[[Any], None]) -> Callable[[Any], None]
 
 def admission_of(llm: Any) -> admission.Admission:
     """The admission gate of an offline ``LLM``. Raises CnaConfigError if it has none."""
-    gate = gate_of(llm)
+    gate = gate_of_llm(llm)
     if gate is None:
         raise CnaConfigError(
             "this LLM was started without a cna key; pass additional_config={'cna': {}}"

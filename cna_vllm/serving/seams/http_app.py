@@ -9,6 +9,7 @@ from http import HTTPStatus
 from typing import Any
 
 from cna_vllm.serving.front.guard import SteeringGuard
+from cna_vllm.serving.seams.gate import gate_of
 from cna_vllm.serving.seams.wrapping import wrap
 
 
@@ -17,11 +18,6 @@ def install() -> None:
     from vllm.entrypoints.launchers import app
 
     wrap(app, "init_entrypoints_middleware", _init_entrypoints_middleware)
-
-
-def gate_of(models: Any) -> Any:
-    """The admission gate behind vLLM's ``OpenAIServingModels``; None for an engine without one."""
-    return getattr(getattr(models, "input_processor", None), "cna_admission", None)
 
 
 def _init_entrypoints_middleware(original: Callable[..., None]) -> Callable[..., None]:

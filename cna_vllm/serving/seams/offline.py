@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cna_vllm.serving.seams.gate import gate_of
+
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
 
@@ -62,10 +64,9 @@ def engine_of(llm: LLM) -> Engine:
     )
 
 
-def gate_of(llm: LLM) -> Admission | None:
+def gate_of_llm(llm: LLM) -> Admission | None:
     """The admission gate of an offline ``LLM``; None for one that was started plain."""
-    gate: Admission | None = getattr(llm.llm_engine.input_processor, "cna_admission", None)
-    return gate
+    return gate_of(llm.llm_engine)
 
 
 @contextmanager

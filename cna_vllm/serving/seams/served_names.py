@@ -1,18 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam of an API server process: which one it is, its gate, and the names that are not ours."""
+"""Seam of an API server process: which one it is, and the names that are not ours."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from cna_vllm.serving.front.admission import Admission
-
-
-def gate_of_client(engine_client: Any) -> Admission | None:
-    """The admission gate of a server; None for one that was started plain."""
-    gate: Admission | None = getattr(engine_client.input_processor, "cna_admission", None)
-    return gate
+from typing import Any
 
 
 def api_process(engine_client: Any) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -13,7 +12,7 @@ import torch
 
 from cna_vllm.request import Steering
 from cna_vllm.serving.config import CircuitTableError
-from cna_vllm.serving.step_report import SteeredRows
+from cna_vllm.serving.step_report import SteeredRows, TokenCounts
 from cna_vllm.serving.worker.activation import StepBuffers
 from cna_vllm.serving.worker.staging import Block, Staging
 from cna_vllm.serving.worker.table import CircuitTable
@@ -111,7 +110,7 @@ class SteeringState:
         # What row_arm holds up to its last steered row, in rows; all rows after that are -1.
         self._end = 0
         self._batch: _Batch | None = None
-        self._steered_tokens: Counter[str] = Counter()
+        self._steered_tokens = TokenCounts()
         self.step: SteeredRows | None = None
         """What the last ``fill`` steers; None for a step without a steered row."""
 
@@ -281,5 +280,4 @@ class SteeringState:
         tokens = int(self._tokens[index])
         self._tokens[index] = 0
         if tokens:
-            for digest in set(self._arms[req_id].steering.digests):
-                self._steered_tokens[digest] += tokens
+            self._steered_tokens.add(set(self._arms[req_id].steering.digests), tokens)

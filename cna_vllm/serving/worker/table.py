@@ -111,7 +111,7 @@ class ResidentTable(ABC):
 def positions(layers: Sequence[int], content: Packed) -> np.ndarray:
     """Of each layer that ``content`` names, its place among this rank's ``layers``; -1 for none."""
     named = np.frombuffer(content.layers, dtype=np.int32)
-    place = np.full(max(max(layers, default=0), named.max(initial=0)) + 1, -1, dtype=np.int32)
+    place = np.full(max(max(layers, default=0), named.max(initial=0)) + 1, -1, dtype=np.intp)
     place[list(layers)] = range(len(layers))
     return place[named]
 
@@ -159,5 +159,5 @@ class CircuitTable(ResidentTable):
         at = positions(self.layers, content)
         channel = np.frombuffer(content.values, dtype=np.int32) - self._offset
         here = (at >= 0) & (channel >= 0) & (channel < self._width)
-        bits[at[here], channel[here]] = True
+        bits.reshape(-1)[(at * self._width + channel)[here]] = True
         self._masks[:, row].copy_(torch.from_numpy(np.packbits(bits, axis=1, bitorder="little")))
