@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -158,7 +159,40 @@ assert len(output.outputs[0].token_ids) == 2
 """
 
 
-def test_a_plain_engine_after_a_steered_one_in_one_process(tiny: Subject) -> None:
+@pytest.mark.parametrize("runner", [V1_HERE, V2], ids=["V1", "V2"])
+def test_a_plain_engine_after_a_steered_one_in_one_process(
+    tiny: Subject, runner: Mapping[str, str]
+) -> None:
     engine = tiny.config()
     plain = {key: value for key, value in engine.items() if key != "additional_config"}
-    run_engine(engine, [{"op": "run", "code": AFTER.format(engine=plain)}], env=V1_HERE)
+    run_engine(engine, [{"op": "run", "code": AFTER.format(engine=plain)}], env=runner)
+
+
+ASLEEP = """
+from cna_vllm import Circuit, Neuron
+from cna_vllm.serving.config import CircuitTableError
+from cna_vllm.serving.control import list_circuits, load_circuit, status
+from cna_vllm.serving.seams.front_end import admission_of
+served = admission_of(llm).registry.served
+for level in (1, 2):
+    new = Circuit(**served.of_circuits(), neurons=(Neuron(0, level),))
+    held = status(llm)[0]["resident"]
+    llm.sleep(level=level)
+    try:
+        load_circuit(llm, f"new {level}", new)
+    except CircuitTableError as error:
+        assert "wake it up" in str(error)
+    else:
+        raise AssertionError("a load into memory that is elsewhere")
+    assert f"new {level}" not in list_circuits(llm)
+    llm.wake_up()
+    assert status(llm)[0]["resident"] == held
+    load_circuit(llm, f"new {level}", new)
+"""
+
+
+@pytest.mark.parametrize("runner", [V1_HERE, V2], ids=["V1", "V2"])
+def test_nothing_is_loaded_into_an_engine_that_sleeps(
+    tiny: Subject, runner: Mapping[str, str]
+) -> None:
+    run_engine(tiny.config(), [{"op": "run", "code": ASLEEP}], env=runner)
