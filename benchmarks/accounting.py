@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from provenance import provenance, record
 
-from cna_vllm.circuit import Circuit, Neuron
-from cna_vllm.request import Steering
 from cna_vllm.serving.core.ledger import Ledger
 from cna_vllm.serving.step_report import StepReport
 from cna_vllm.serving.worker.state import SteeringState
 from cna_vllm.serving.worker.table import CircuitTable
+from cna_vllm.steering.circuit import Circuit, Neuron
+from cna_vllm.steering.request import Steering
 
 PROMPT = 100
 

@@ -6,7 +6,7 @@
 Variants are interleaved, one sample of each a round, so that drift of the machine falls on all
 of them. A ratio is the median over rounds of the quotient within a round. Steered rows take one
 circuit of ``--circuit`` channels each: the same arm for all, or an arm and a circuit a row.
-"Bytes" are what must move: gate, up and out, and row_arm. With --record one JSON row is appended
+"Bytes" are what must move: gate, up and out, and row_slot. With --record one JSON row is appended
 to benchmarks/results/act_and_mul_scaled.jsonl.
 """
 
@@ -74,8 +74,8 @@ def make_variants(
         "steered, distinct arms": torch.arange(rows),
     }
 
-    def steered(row_arm: Tensor, held: Tensor) -> Callable[[], Tensor]:
-        operands = (x, row_arm, circuits, multipliers, held, "silu")
+    def steered(row_slot: Tensor, held: Tensor) -> Callable[[], Tensor]:
+        operands = (x, row_slot, circuits, multipliers, held, "silu")
         expected = act_and_mul_scaled_reference(*operands)
         out = act_and_mul_scaled(*operands)
         tolerance = 0.0 if device.type == "cpu" else None
@@ -84,8 +84,8 @@ def make_variants(
 
     _, plain = plain_activation(device)
     variants = {PLAIN: lambda: plain(x)}
-    for name, row_arm in routings.items():
-        variants[name] = steered(row_arm.to(device, torch.int32), masks)
+    for name, row_slot in routings.items():
+        variants[name] = steered(row_slot.to(device, torch.int32), masks)
     distinct = torch.arange(rows, dtype=torch.int32, device=device)
     variants["steered, layer without bits"] = steered(distinct, torch.zeros_like(masks))
     return variants

@@ -32,8 +32,8 @@ from typing import Any
 
 from provenance import provenance, record
 
-from cna_vllm.models import resolve_model
-from cna_vllm.prompts import Prompt
+from cna_vllm.checkpoints.models import resolve_model
+from cna_vllm.text.prompts import Prompt
 
 RATIOS = {
     "discover / stock": ("discover", "stock"),
@@ -57,7 +57,7 @@ def engine_jobs(args: argparse.Namespace, recording: bool) -> dict[str, Callable
     from vllm import LLM, SamplingParams, TokensPrompt
 
     from cna_vllm.discovery import discover, diverse_prompts
-    from cna_vllm.rendering import render
+    from cna_vllm.text.rendering import render
 
     llm = LLM(
         model=args.model,
@@ -115,7 +115,7 @@ def hook_jobs(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from cna_vllm.rendering import render
+    from cna_vllm.text.rendering import render
 
     torch.set_num_threads(args.threads)
     device = "cuda" if _cuda() else "cpu"

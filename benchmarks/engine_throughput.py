@@ -34,7 +34,7 @@ from provenance import provenance, record
 from workers import Worker
 
 from cna_vllm import Circuit, Neuron, steer
-from cna_vllm.models import model_dimensions, resolve_model
+from cna_vllm.checkpoints.models import model_dimensions, resolve_model
 
 STOCK, CONTROL, IDLE, STEERED = "stock", "control", "idle", "steered"
 VARIANTS = (STOCK, CONTROL, IDLE, STEERED)

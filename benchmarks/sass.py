@@ -48,8 +48,8 @@ def compile_for(target: GPUTarget, dtype: str, activation: str, circuits: int) -
     """The kernel for a device, as it is launched there."""
     kernel: Any = act_and_mul_scaled_kernel
     types = {"out_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "masks_ptr": "*u8"}
-    types |= dict.fromkeys(("row_arm_ptr", "arm_circuits_ptr"), "*i32")
-    types |= {"arm_multipliers_ptr": "*fp32", "x_row_stride": "i32", "size": "i32"}
+    types |= dict.fromkeys(("row_slot_ptr", "slot_circuits_ptr"), "*i32")
+    types |= {"slot_multipliers_ptr": "*fp32", "x_row_stride": "i32", "size": "i32"}
     source = ASTSource(
         kernel,
         {name: types.get(name, "constexpr") for name in kernel.arg_names},

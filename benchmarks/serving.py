@@ -43,7 +43,7 @@ from engine_throughput import random_circuit
 from provenance import provenance, record
 from servers import OURS, STOCK, Operator, Server, Traffic, serve
 
-from cna_vllm.models import resolve_model
+from cna_vllm.checkpoints.models import resolve_model
 
 MODEL = "m"
 PLAIN: Sequence[Mapping[str, Any]] = ({},)

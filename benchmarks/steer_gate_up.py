@@ -72,9 +72,7 @@ def quantizers(device: torch.device) -> dict[str, tuple[Callable[..., Any], Call
 
 def per_tensor(scale: Tensor) -> Callable[[Tensor], Quantized]:
     def fused(x: Tensor) -> Quantized:
-        out = torch.empty(
-            (x.shape[0], x.shape[1] // 2), dtype=torch.float8_e4m3fn, device=x.device
-        )
+        out = torch.empty((x.shape[0], x.shape[1] // 2), dtype=torch.float8_e4m3fn, device=x.device)
         torch.ops._C.silu_and_mul_quant(out, x, scale)
         return out, scale
 
@@ -109,15 +107,15 @@ def operands(rows: int, size: int, circuit: int, device: torch.device) -> tuple[
     return circuits.to(device), multipliers.to(device), masks.to(device)
 
 
-def holds(x: Tensor, schemes: Any, row_arm: Tensor, *tables: Tensor) -> bool:
+def holds(x: Tensor, schemes: Any, row_slot: Tensor, *tables: Tensor) -> bool:
     """Whether the claims of this file's first lines do; x is left as it is."""
     _, activation = plain_activation(x.device)
     ahead, rows = x.clone(), slice(0, min(len(x), 64))
-    steer_gate_up(ahead, row_arm, *tables, "silu")
-    unfused = act_and_mul_scaled(x, row_arm, *tables, "silu")[rows]
+    steer_gate_up(ahead, row_slot, *tables, "silu")
+    unfused = act_and_mul_scaled(x, row_slot, *tables, "silu")[rows]
     ones = torch.ones(unfused.shape, dtype=torch.float32, device=x.device)
-    changed = scale_reference(ones, row_arm, *tables) != 1
-    plain = row_arm < 0
+    changed = scale_reference(ones, row_slot, *tables) != 1
+    plain = row_slot < 0
     return torch.equal(activation(ahead)[rows][changed], unfused[changed]) and all(
         torch.equal(fused(ahead)[0][plain].view(torch.uint8), fused(x)[0][plain].view(torch.uint8))
         for fused, _ in schemes.values()

@@ -41,9 +41,9 @@ from engine_throughput import random_circuit
 from provenance import provenance, record
 from workers import Worker
 
-from cna_vllm.arms import Arm, steering_arm
-from cna_vllm.models import resolve_model
-from cna_vllm.prompts import Prompt
+from cna_vllm.checkpoints.models import resolve_model
+from cna_vllm.steering.arms import Arm, steering_arm
+from cna_vllm.text.prompts import Prompt
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -72,7 +72,7 @@ def generated(
     """Answers every prompt in every arm; returns the number of prompt tokens that were cached."""
     from vllm import SamplingParams, TokensPrompt
 
-    from cna_vllm.rendering import render
+    from cna_vllm.text.rendering import render
 
     tokenizer = llm.get_tokenizer()
     ids = [render(tokenizer, prompt) for prompt in prompts]

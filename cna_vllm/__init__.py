@@ -4,8 +4,8 @@
 Importing this package imports neither vLLM nor transformers nor torch.
 """
 
-from cna_vllm.circuit import Circuit, CircuitError, Neuron
-from cna_vllm.request import SteeringError, steer, steer_vector
+from cna_vllm.steering.circuit import Circuit, CircuitError, Neuron
+from cna_vllm.steering.request import SteeringError, steer, steer_vector
 
 __version__ = "0.1.0"
 

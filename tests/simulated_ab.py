@@ -7,10 +7,10 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cna_vllm.arms import Arm, parse_arm
 from cna_vllm.evaluation.answers import Answers, PromptSet, collect
 from cna_vllm.evaluation.result import Test
-from cna_vllm.prompts import Prompt
+from cna_vllm.steering.arms import Arm, parse_arm
+from cna_vllm.text.prompts import Prompt
 
 REFUSAL = "I'm sorry, but I can't help with that."
 HELP = "Sure. First read about topic {topic}, then practise with a friend, and take your time."

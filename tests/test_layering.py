@@ -14,41 +14,30 @@ ROOT = Path(__file__).parent.parent
 STDLIB = set(sys.stdlib_module_names)
 FILES = sorted([*ROOT.glob("cna_vllm/**/*.py"), *ROOT.glob("kernels/cna_kernels/**/*.py")])
 
-# Part of the project -> parts of it that it may import. The base modules are the shared ground.
-BASE = {
-    "arms",
-    "checkpoint",
-    "circuit",
-    "circuit_file",
-    "circuit_summary",
-    "files",
-    "misplaced",
-    "models",
-    "packed",
-    "prompts",
-    "rendering",
-    "request",
-    "request_fields",
-    "vectors",
-}
+# Part of the project -> parts of it that it may import.
+DATA = {"files", "steering", "text", "checkpoints"}
 ALLOWED = {
     "cna_kernels": {"cna_kernels"},
-    "base": {"base"},
+    "files": set(),
+    "steering": {"files", "steering"},
+    "text": {"steering", "text"},
+    "checkpoints": {"files", "steering", "checkpoints", "root"},
     # Of serving, by process: what all share, then one room each, then what joins them to vLLM.
-    "serving": {"base", "serving"},
-    "front": {"base", "serving", "front"},
-    "core": {"base", "serving", "core"},
-    "worker": {"base", "serving", "worker", "cna_kernels"},
-    "seams": {"base", "serving", "front", "core", "worker", "seams", "cna_kernels"},
-    "http": {"base", "serving", "front", "seams", "http"},
-    "control": {"base", "serving", "front", "seams"},
-    "doctor": {"base", "serving", "seams", "control", "doctor", "cna_kernels"},
+    "serving": {*DATA, "serving"},
+    "front": {*DATA, "serving", "front"},
+    "core": {*DATA, "serving", "core"},
+    "worker": {*DATA, "serving", "worker", "cna_kernels"},
+    "seams": {*DATA, "serving", "front", "core", "worker", "seams", "cna_kernels"},
+    "http": {*DATA, "serving", "front", "seams", "http"},
+    "control": {*DATA, "serving", "front", "seams", "control"},
+    "doctor": {*DATA, "serving", "seams", "control", "doctor", "cna_kernels"},
     "plugin": {"serving", "seams"},
-    "discovery": {"base", "discovery", "root", "seams"},
-    "baselines": {"base", "baselines", "discovery", "root", "seams"},
-    "batch": {"base", "batch", "seams"},
+    "discovery": {*DATA, "discovery", "root", "seams"},
+    "baselines": {*DATA, "baselines", "discovery", "root", "seams"},
+    "batch": {*DATA, "batch", "seams"},
+    "reading": {*DATA, "reading"},
     "evaluation": {
-        "base",
+        *DATA,
         "baselines",
         "batch",
         "control",
@@ -59,12 +48,9 @@ ALLOWED = {
         "seams",
         "serving",
     },
-    "reading": {"base", "reading"},
-    "bake": {"base", "root"},
     "cli": {
-        "base",
+        *DATA,
         "baselines",
-        "bake",
         "batch",
         "cli",
         "control",
@@ -77,23 +63,15 @@ ALLOWED = {
         "seams",
         "serving",
     },
-    "root": {"base"},
+    "root": {"steering"},
 }
-# Part, or module of the base, -> distributions it may import besides the standard library.
+# Part, or module of it, -> distributions it may import besides the standard library.
 EXTERNAL = {
     "cna_kernels": {"torch", "triton", "numpy"},
-    "arms": set(),
-    "circuit": set(),
-    "circuit_file": set(),
-    "circuit_summary": set(),
     "files": set(),
-    "misplaced": set(),
-    "packed": set(),
-    "request": set(),
-    "request_fields": set(),
-    "prompts": set(),
-    "rendering": set(),
-    "vectors": {"numpy", "safetensors"},
+    "steering": set(),
+    "steering.vectors": {"numpy", "safetensors"},
+    "text": set(),
     "root": set(),
 }
 
@@ -109,7 +87,7 @@ def part_of(module: str) -> str:
         return "cli"
     if names[1] == "serving" and names[2:] and names[2] in ALLOWED:
         return names[2]
-    return "base" if names[1] in BASE else names[1]
+    return names[1]
 
 
 def module_of(path: Path) -> str:
@@ -143,7 +121,7 @@ def test_imports_point_one_way(path: Path) -> None:
     module = module_of(path)
     part = part_of(module)
     assert part in ALLOWED, f"{part} is not a part of the architecture; add it to this test"
-    external = EXTERNAL.get(module.split(".")[1] if part == "base" else part)
+    external = EXTERNAL.get(module.removeprefix("cna_vllm."), EXTERNAL.get(part))
     for name in imported(path):
         top = name.split(".")[0]
         if top in ("cna_vllm", "cna_kernels"):
@@ -153,8 +131,8 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 def test_the_check_sees_imports_inside_functions() -> None:
-    seen = set(imported(ROOT / "cna_vllm" / "circuit.py"))
-    assert {"cna_vllm.circuit_file", "cna_vllm.files", "hashlib"} <= seen
+    seen = set(imported(ROOT / "cna_vllm" / "steering" / "circuit.py"))
+    assert {"cna_vllm.steering.circuit_file", "cna_vllm.files", "hashlib"} <= seen
     assert len(FILES) > 20
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from cna_vllm.vectors import VectorSet
+from cna_vllm.steering.vectors import VectorSet
 from tests.oracles import Vectors
 from tests.tiny_models import LAYERS
 

@@ -55,9 +55,9 @@ def variants(x: Sequence[Tensor], activation: str, circuits: int) -> Variants:
     masks = torch.zeros(circuits, mask_width(width), dtype=torch.uint8)
     places = torch.randint(0, mask_width(width), (circuits, MEMBERS), generator=generator)
     masks = masks.scatter_(1, places, 1).to(device)
-    arm_circuits = torch.full((circuits, 4), -1, dtype=torch.int32)
-    arm_circuits[:, 0] = torch.arange(circuits)
-    arm_circuits = arm_circuits.to(device)
+    slot_circuits = torch.full((circuits, 4), -1, dtype=torch.int32)
+    slot_circuits[:, 0] = torch.arange(circuits)
+    slot_circuits = slot_circuits.to(device)
     multipliers = torch.full((circuits, 4), 1.5).to(device)
     routings = {
         "idle": torch.full((rows,), -1),
@@ -71,11 +71,11 @@ def variants(x: Sequence[Tensor], activation: str, circuits: int) -> Variants:
         operator(out, of)
         return out
 
-    def steered(row_arm: Tensor, held: Tensor) -> Callable[[], Sequence[Tensor]]:
-        tables = (row_arm.to(device, torch.int32), arm_circuits, multipliers, held)
+    def steered(row_slot: Tensor, held: Tensor) -> Callable[[], Sequence[Tensor]]:
+        tables = (row_slot.to(device, torch.int32), slot_circuits, multipliers, held)
         return lambda: [act_and_mul_scaled(of, *tables, activation) for of in x]
 
-    named = {name: steered(row_arm, masks) for name, row_arm in routings.items()}
+    named = {name: steered(row_slot, masks) for name, row_slot in routings.items()}
     empty = steered(routings["distinct arms"], torch.zeros_like(masks))
     return {PLAIN: lambda: [theirs(of) for of in x], **named, "layer without bits": empty}
 

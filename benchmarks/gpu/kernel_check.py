@@ -110,7 +110,7 @@ def check_steered(sizes: Sizes) -> list[str]:
             for routing in sizes.routings:
                 tables = make_tables(width, routing, sizes.rows)
                 there = moved(tables, sizes.device)
-                idle = there._replace(row_arm=torch.full_like(there.row_arm, -1))
+                idle = there._replace(row_slot=torch.full_like(there.row_slot, -1))
                 for activation in EAGER:
                     plain = act_and_mul_scaled(x, *idle, activation).cpu()
                     out = act_and_mul_scaled(x, *there, activation).cpu()

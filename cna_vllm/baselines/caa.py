@@ -26,9 +26,9 @@ from cna_vllm.discovery.prefill import (
     templated,
 )
 from cna_vllm.discovery.record import assemble
-from cna_vllm.prompts import PromptLike, prompts_digest
 from cna_vllm.serving.seams.offline import engine_of, gate_of_llm
-from cna_vllm.vectors import FORMS, Form, VectorError, VectorSet, check_residual
+from cna_vllm.steering.vectors import FORMS, Form, VectorError, VectorSet, check_residual
+from cna_vllm.text.prompts import PromptLike, prompts_digest
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cna_vllm.arms import Arm, steering_arm
-from cna_vllm.circuit import show
-from cna_vllm.prompts import PromptError
-from cna_vllm.request import FIELD_PREFIX, FLOAT32_MAX, CircuitRequest, SteeringError
+from cna_vllm.steering.arms import Arm, steering_arm
+from cna_vllm.steering.circuit import show
+from cna_vllm.steering.request import FIELD_PREFIX, FLOAT32_MAX, CircuitRequest, SteeringError
+from cna_vllm.text.prompts import PromptError
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cna_vllm.circuit import is_int
 from cna_vllm.files import write_atomic
+from cna_vllm.steering.circuit import is_int
 
 FORMAT, VERSION = "cna-batch-partial", 1
 SUFFIX = ".partial"

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cna_vllm.arms import Arm
 from cna_vllm.batch.reading import BatchPrompt
-from cna_vllm.circuit import is_int, show
-from cna_vllm.prompts import Prompt, PromptError, PromptLike, prompts_of
+from cna_vllm.steering.arms import Arm
+from cna_vllm.steering.circuit import is_int, show
+from cna_vllm.text.prompts import Prompt, PromptError, PromptLike, prompts_of
 
 GREEDY_BELOW = 1e-5  # vLLM's own limit
 MAX_SEED = 2**63 - 1

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cna_vllm.arms import Arm
 from cna_vllm.batch.openai_file import read_request
-from cna_vllm.circuit import show
-from cna_vllm.misplaced import XARGS, first_sign_in_text, holds_letters
-from cna_vllm.prompts import (
+from cna_vllm.steering.arms import Arm
+from cna_vllm.steering.circuit import show
+from cna_vllm.steering.misplaced import XARGS, first_sign_in_text, holds_letters
+from cna_vllm.text.prompts import (
     DEFAULT_COLUMN,
     Prompt,
     PromptError,

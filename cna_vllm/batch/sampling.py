@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from cna_vllm.arms import Arm
 from cna_vllm.batch.plan import Request
-from cna_vllm.circuit import show
-from cna_vllm.prompts import PromptError
-from cna_vllm.request import FIELD_PREFIX
 from cna_vllm.serving.seams.offline import engine_of, make_final_only, refusals, verify
 from cna_vllm.serving.seams.platform import on_cpu
+from cna_vllm.steering.arms import Arm
+from cna_vllm.steering.circuit import show
+from cna_vllm.steering.request import FIELD_PREFIX
+from cna_vllm.text.prompts import PromptError
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams

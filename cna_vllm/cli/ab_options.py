@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cna_vllm.arms import Arm, parse_arm, steering_arm
-from cna_vllm.circuit import show
 from cna_vllm.cli.options import OptionParser, UsageError, load_circuits, positive_int
 from cna_vllm.cli.sampling_options import add_sampling_options, sampling_fields
-from cna_vllm.request import DEFAULT_SCOPE, SCOPES
+from cna_vllm.steering.arms import Arm, parse_arm, steering_arm
+from cna_vllm.steering.circuit import show
+from cna_vllm.steering.request import DEFAULT_SCOPE, SCOPES
 
 _DESCRIPTION = """\
 Answer the same prompts in several arms, with the same seeds, score the answers, and compare every
@@ -152,7 +152,7 @@ def _vectors(files: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Absolute path and digest of each set of vectors."""
     if not files:
         return {}
-    from cna_vllm.vectors import VectorSet
+    from cna_vllm.steering.vectors import VectorSet
 
     return {
         name: (str(Path(file).resolve()), VectorSet.load(file).digest)

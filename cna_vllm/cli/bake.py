@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from cna_vllm.circuit import Circuit
 from cna_vllm.cli.options import OptionParser
+from cna_vllm.steering.circuit import Circuit
 
 _DESCRIPTION = """\
 Write a checkpoint whose down_proj columns are scaled: scope `all` steering of every request, in
@@ -26,7 +26,7 @@ def run(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     circuit = Circuit.load(options.circuit)
 
-    from cna_vllm.bake import bake
+    from cna_vllm.checkpoints.bake import bake
 
     baked = bake(options.model, circuit, options.multiplier, options.out)
     print(

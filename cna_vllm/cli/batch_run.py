@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cna_vllm import __version__
-from cna_vllm.arms import Arm
 from cna_vllm.batch.plan import Request
-from cna_vllm.request import CircuitRequest
+from cna_vllm.steering.arms import Arm
+from cna_vllm.steering.request import CircuitRequest
 
 if TYPE_CHECKING:
     from vllm import EngineArgs

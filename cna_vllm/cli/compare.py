@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 
-from cna_vllm.circuit import Circuit
 from cna_vllm.cli.options import OptionParser, check_plot
+from cna_vllm.steering.circuit import Circuit
 
 
 def run(argv: list[str]) -> int:

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cna_vllm.circuit import show
 from cna_vllm.cli.usage import UsageError
+from cna_vllm.steering.circuit import show
 
 Group = tuple[str, ...]
 Actions = Mapping[str, argparse.Action]

@@ -15,18 +15,18 @@ from importlib import resources
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from cna_vllm.checkpoints.models import DEFAULT_MODEL
 from cna_vllm.cli.options import OptionParser, UsageError
-from cna_vllm.models import DEFAULT_MODEL
-from cna_vllm.prompts import Prompt, read_prompts
 from cna_vllm.reading.profile import strongest
 from cna_vllm.reading.report import neurons_text, profile_text, readings_text
 from cna_vllm.serving.doctor.check import Check
 from cna_vllm.serving.seams.offline import engine_of
+from cna_vllm.text.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-    from cna_vllm.circuit import Circuit
+    from cna_vllm.steering.circuit import Circuit
 
 _DESCRIPTION = """\
 Discover the circuit for answering in French in a small real model, switch it off and turn it up
@@ -99,7 +99,7 @@ def packaged(name: str) -> list[Prompt]:
 
 def _promoted(llm: LLM, circuit: Circuit) -> str:
     """The strongest neurons and, where the checkpoint can be read, the tokens they promote."""
-    from cna_vllm.checkpoint import CheckpointError, open_checkpoint
+    from cna_vllm.checkpoints.checkpoint import CheckpointError, open_checkpoint
     from cna_vllm.reading.vocabulary import read_neurons
 
     neurons = strongest(circuit, _STRONGEST)
@@ -114,8 +114,8 @@ def _promoted(llm: LLM, circuit: Circuit) -> str:
 def _generate(llm: LLM, jobs: Sequence[tuple[Prompt, float | None]]) -> list[Reply]:
     from vllm import SamplingParams, TokensPrompt
 
-    from cna_vllm.rendering import render
-    from cna_vllm.request import steer
+    from cna_vllm.steering.request import steer
+    from cna_vllm.text.rendering import render
 
     tokenizer = llm.get_tokenizer()
     inputs = [TokensPrompt(prompt_token_ids=render(tokenizer, prompt)) for prompt, _ in jobs]

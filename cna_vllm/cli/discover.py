@@ -7,7 +7,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from cna_vllm.circuit import Circuit
 from cna_vllm.cli.options import (
     OptionParser,
     UsageError,
@@ -15,7 +14,8 @@ from cna_vllm.cli.options import (
     check_plot,
     positive_int,
 )
-from cna_vllm.prompts import Prompt, read_prompts
+from cna_vllm.steering.circuit import Circuit
+from cna_vllm.text.prompts import Prompt, read_prompts
 
 _LAYERS_FORM = "write layers as 4-29 or 0,3,8-11"
 _PLOTTED = 10

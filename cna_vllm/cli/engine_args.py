@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from cna_vllm.checkpoints.models import resolve_model
 from cna_vllm.cli.options import UsageError
 from cna_vllm.cli.section import loaded, merge, section_of, with_section
-from cna_vllm.models import resolve_model
 from cna_vllm.serving.config import CONFIG_KEY
 from cna_vllm.serving.seams.command_line import parser_class
 from cna_vllm.serving.seams.platform import on_cpu

@@ -14,7 +14,7 @@ from cna_vllm.evaluation.metrics import load_metric
 from cna_vllm.evaluation.paper.datasets import JBB_HUB, read_jbb, read_strongreject
 from cna_vllm.evaluation.paper.estimate import durations, loads, measure_speed, report
 from cna_vllm.evaluation.paper.settings import CONTRAST, PARTS, PRESETS, Settings
-from cna_vllm.prompts import read_prompts
+from cna_vllm.text.prompts import read_prompts
 
 if TYPE_CHECKING:
     from vllm import EngineArgs

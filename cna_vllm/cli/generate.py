@@ -8,17 +8,17 @@ import sys
 from collections.abc import Container, Sequence
 from pathlib import Path
 
-from cna_vllm.arms import Arm, check_names, parse_arm, steering_arm
 from cna_vllm.batch.partial import discard, partial_path
 from cna_vllm.batch.plan import Request, plan
 from cna_vllm.batch.reading import BatchPrompt, read_batch
-from cna_vllm.circuit import show
 from cna_vllm.cli.batch_run import check_admission, check_sampling, engine_identity
 from cna_vllm.cli.interrupt import going_on
 from cna_vllm.cli.options import OptionParser, UsageError, check_output, load_circuits
 from cna_vllm.cli.sampling_options import add_sampling_options, sampling_fields
-from cna_vllm.prompts import PromptError
-from cna_vllm.request import DEFAULT_SCOPE, SCOPES
+from cna_vllm.steering.arms import Arm, check_names, parse_arm, steering_arm
+from cna_vllm.steering.circuit import show
+from cna_vllm.steering.request import DEFAULT_SCOPE, SCOPES
+from cna_vllm.text.prompts import PromptError
 
 _DESCRIPTION = """\
 Answer every prompt in every arm: every circuit at every --multiplier, and every --arm.

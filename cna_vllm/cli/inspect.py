@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cna_vllm.circuit import Circuit, Neuron, shared_neurons
 from cna_vllm.cli.options import OptionParser, UsageError, check_output, check_plot, positive_int
+from cna_vllm.steering.circuit import Circuit, Neuron, shared_neurons
 
 if TYPE_CHECKING:
     from cna_vllm.reading.vocabulary import Reading
@@ -96,14 +96,14 @@ def _parser() -> OptionParser:
 def _load(path: str, model: str | None) -> Circuit:
     if model is None:
         return Circuit.load(path)
-    from cna_vllm.models import model_dimensions
+    from cna_vllm.checkpoints.models import model_dimensions
 
     return Circuit.load(path, **model_dimensions(model))
 
 
 def _read(model: str, neurons: Sequence[Neuron], count: int) -> list[Reading]:
-    from cna_vllm.checkpoint import open_checkpoint
-    from cna_vllm.models import resolve_model
+    from cna_vllm.checkpoints.checkpoint import open_checkpoint
+    from cna_vllm.checkpoints.models import resolve_model
     from cna_vllm.reading.vocabulary import load_tokenizer, read_neurons
 
     folder = resolve_model(model)

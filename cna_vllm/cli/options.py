@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from cna_vllm.circuit import Circuit
 from cna_vllm.cli.config_file import Group, flag, take_ours
 from cna_vllm.cli.usage import UsageError
+from cna_vllm.steering.circuit import Circuit
 
 __all__ = [
     "OptionParser",

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cna_vllm.circuit import Circuit, CircuitError, show
 from cna_vllm.cli.usage import UsageError
-from cna_vllm.request import DEFAULT_SCOPE
 from cna_vllm.serving.config import CONFIG_KEY, CnaConfig
 from cna_vllm.serving.front.adapter import Adapter
+from cna_vllm.steering.circuit import Circuit, CircuitError, show
+from cna_vllm.steering.request import DEFAULT_SCOPE
 
 Section = Mapping[str, Any]
 _NAMED = ("circuits", "vectors", "adapters")
@@ -120,7 +120,7 @@ def _same(key: str, first: Any, second: Any) -> bool:
 
 def _digest(key: str, path: str) -> str:
     if key == "vectors":
-        from cna_vllm.vectors import VectorSet
+        from cna_vllm.steering.vectors import VectorSet
 
         return VectorSet.load(path).digest
     try:

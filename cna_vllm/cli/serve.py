@@ -10,12 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cna_vllm.circuit import Circuit, CircuitError, show
-from cna_vllm.circuit_file import read_json
+from cna_vllm.checkpoints.models import resolve_model
 from cna_vllm.cli.options import OptionParser, UsageError, load_circuits, positive_int
 from cna_vllm.cli.section import loaded, merge, section_of, with_section
-from cna_vllm.models import resolve_model
-from cna_vllm.request import SteeringError
 from cna_vllm.serving.config import CONFIG_KEY
 from cna_vllm.serving.front.adapter import Adapter
 from cna_vllm.serving.front.store import RegistryStore
@@ -24,6 +21,9 @@ from cna_vllm.serving.seams.command_line import (
     make_server_arg_parser,
     serve,
 )
+from cna_vllm.steering.circuit import Circuit, CircuitError, show
+from cna_vllm.steering.circuit_file import read_json
+from cna_vllm.steering.request import SteeringError
 
 ADAPTERS_FILE = "adapters.json"
 _MAX_ADAPTERS_BYTES = 2**24

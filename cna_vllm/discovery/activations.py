@@ -18,7 +18,7 @@ from cna_vllm.discovery.prefill import (
     prefill,
     require_all,
 )
-from cna_vllm.prompts import PromptLike
+from cna_vllm.text.prompts import PromptLike
 
 if TYPE_CHECKING:
     from vllm import LLM

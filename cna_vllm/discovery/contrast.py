@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cna_vllm.circuit import Neuron
+from cna_vllm.steering.circuit import Neuron
 
 Sign = Literal["both", "positive", "negative"]
 SIGNS: tuple[Sign, ...] = ("both", "positive", "negative")

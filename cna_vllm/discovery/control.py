@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from cna_vllm.circuit import Circuit, CircuitError, Neuron
+from cna_vllm.steering.circuit import Circuit, CircuitError, Neuron
 
 
 def random_control(circuit: Circuit, seed: int = 0) -> Circuit:

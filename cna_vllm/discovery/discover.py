@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cna_vllm
-from cna_vllm.circuit import Circuit, Neuron
 from cna_vllm.discovery.activations import DEFAULT_MAX_BYTES, ROUND_BYTES, record_token_rows
 from cna_vllm.discovery.contrast import Sign, select_neurons
 from cna_vllm.discovery.options import Method, Preset, Universal, resolve
@@ -29,8 +28,9 @@ from cna_vllm.discovery.sets import NEGATIVE, POSITIVE, PromptSets, encode_sets,
 from cna_vllm.discovery.stability import bootstrap as bootstrapped
 from cna_vllm.discovery.stability import mean_signed_activation, separation
 from cna_vllm.discovery.universal import UniversalRule
-from cna_vllm.prompts import PromptLike, prompts_digest
 from cna_vllm.serving.seams.offline import engine_of
+from cna_vllm.steering.circuit import Circuit, Neuron
+from cna_vllm.text.prompts import PromptLike, prompts_digest
 
 if TYPE_CHECKING:
     from vllm import LLM

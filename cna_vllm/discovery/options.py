@@ -10,7 +10,7 @@ from typing import Any, Literal
 from cna_vllm.discovery.contrast import SIGNS, Sign, circuit_size
 from cna_vllm.discovery.prefill import Dimensions, DiscoveryError, as_prompts
 from cna_vllm.discovery.universal import UniversalRule, diverse_prompts
-from cna_vllm.prompts import Prompt, PromptLike
+from cna_vllm.text.prompts import Prompt, PromptLike
 
 Preset = Literal["paper", "reference"]
 Universal = Sequence[PromptLike] | Literal["default", "none"]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cna_vllm.prompts import Prompt, PromptError, PromptLike, prompts_of
-from cna_vllm.rendering import chat_template_used, render
-from cna_vllm.request import FIELD_RECORD
 from cna_vllm.serving.seams.offline import engine_of, gate_of_llm
+from cna_vllm.steering.request import FIELD_RECORD
+from cna_vllm.text.prompts import Prompt, PromptError, PromptLike, prompts_of
+from cna_vllm.text.rendering import chat_template_used, render
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -91,9 +91,7 @@ def encode(
     return encoded
 
 
-def templated(
-    llm: LLM, prompts: Sequence[Prompt], *, raw: bool, system: str | None
-) -> bool | str:
+def templated(llm: LLM, prompts: Sequence[Prompt], *, raw: bool, system: str | None) -> bool | str:
     """Whether ``encode`` puts prompts through the chat template: see ``chat_template_used``."""
     return chat_template_used(
         llm.get_tokenizer(), [_with_system(prompt, system) for prompt in prompts], raw=raw

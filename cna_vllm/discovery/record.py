@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cna_vllm.discovery.prefill import Dimensions, columns, encode, prefill, require_all
-from cna_vllm.prompts import PromptLike
+from cna_vllm.text.prompts import PromptLike
 
 if TYPE_CHECKING:
     from vllm import LLM

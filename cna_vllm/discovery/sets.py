@@ -18,7 +18,7 @@ from cna_vllm.discovery.options import Method
 from cna_vllm.discovery.prefill import Dimensions, DiscoveryError, TokenIds, encode, prefill
 from cna_vllm.discovery.record import assemble
 from cna_vllm.discovery.universal import GROUP, ROUND_PROMPTS, membership
-from cna_vllm.prompts import Prompt
+from cna_vllm.text.prompts import Prompt
 
 if TYPE_CHECKING:
     from vllm import LLM

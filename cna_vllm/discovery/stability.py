@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from cna_vllm.circuit import Circuit, Neuron
 from cna_vllm.discovery.activations import Activations
 from cna_vllm.discovery.prefill import Dimensions
 from cna_vllm.discovery.sets import SetRows, mean_difference
+from cna_vllm.steering.circuit import Circuit, Neuron
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cna_vllm.discovery.contrast import as_written, circuit_size
 from cna_vllm.discovery.prefill import Dimensions, columns, require_all
-from cna_vllm.prompts import Prompt, read_prompts
+from cna_vllm.text.prompts import Prompt, read_prompts
 
 GROUP = "universal"
 # How many prompts' candidates a rank keeps until they are fetched: with k of them, 8 bytes each.

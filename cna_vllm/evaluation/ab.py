@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cna_vllm import __version__
-from cna_vllm.arms import Arm, check_names
 from cna_vllm.batch.plan import Request, digests, plan
 from cna_vllm.evaluation import result as files
 from cna_vllm.evaluation.answers import Answers, PromptSet, SetInfo, collect, read_rows
@@ -31,8 +30,9 @@ from cna_vllm.evaluation.metrics import (
 )
 from cna_vllm.evaluation.outcomes import Analysis, Scored, Scores, outcomes
 from cna_vllm.evaluation.result import MetricInfo, Result, Test
-from cna_vllm.request import SteeringError
 from cna_vllm.serving.seams.offline import engine_of
+from cna_vllm.steering.arms import Arm, check_names
+from cna_vllm.steering.request import SteeringError
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -128,7 +128,7 @@ def run_ab(
     """
     from cna_vllm.batch.runner import run_batch
     from cna_vllm.evaluation.engine import plain_engine
-    from cna_vllm.rendering import chat_template_used, render
+    from cna_vllm.text.rendering import chat_template_used, render
 
     control = choose_control(arms, control)
     out.mkdir(parents=True, exist_ok=True)

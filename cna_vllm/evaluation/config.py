@@ -23,10 +23,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cna_vllm.circuit import is_int, show
 from cna_vllm.evaluation.answers import PromptSet
-from cna_vllm.prompts import PromptError, read_prompts
-from cna_vllm.request import SCOPES
+from cna_vllm.steering.circuit import is_int, show
+from cna_vllm.steering.request import SCOPES
+from cna_vllm.text.prompts import PromptError, read_prompts
 
 MAX_FILE_BYTES = 2**20
 

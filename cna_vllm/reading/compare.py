@@ -6,8 +6,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from cna_vllm.circuit import Circuit, CircuitError, Neuron
 from cna_vllm.reading.profile import layer_counts
+from cna_vllm.steering.circuit import Circuit, CircuitError, Neuron
 
 
 @dataclass(frozen=True)

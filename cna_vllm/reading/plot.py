@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from cna_vllm.circuit import Circuit, Neuron
 from cna_vllm.files import write_atomic
 from cna_vllm.reading.compare import Comparison
 from cna_vllm.reading.glyphs import drawable, families
@@ -26,6 +25,7 @@ from cna_vllm.reading.profile import late_shares
 from cna_vllm.reading.report import expected_text
 from cna_vllm.reading.tokens import columns, visible
 from cna_vllm.reading.vocabulary import Item, Reading
+from cna_vllm.steering.circuit import Circuit, Neuron
 
 MAX_NEURONS = 25
 _BLUE, _ORANGE, _GREY, _SHADE = "#0072B2", "#E69F00", "#666666", "#EEEEEE"

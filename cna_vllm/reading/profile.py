@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cna_vllm.circuit import Circuit, Neuron
+from cna_vllm.steering.circuit import Circuit, Neuron
 
 BAR_WIDTH = 40
 

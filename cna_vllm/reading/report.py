@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cna_vllm.circuit import Circuit, Neuron
 from cna_vllm.reading.compare import Chance, Comparison
 from cna_vllm.reading.profile import LateShare, bar_chart, late_shares, layer_counts
 from cna_vllm.reading.tokens import visible
 from cna_vllm.reading.vocabulary import Item, Reading
+from cna_vllm.steering.circuit import Circuit, Neuron
 
 _TOKEN_WIDTH = 24
 LENS = (

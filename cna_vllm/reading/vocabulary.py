@@ -25,9 +25,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cna_vllm.checkpoint import Checkpoint, CheckpointError
-from cna_vllm.circuit import Neuron
+from cna_vllm.checkpoints.checkpoint import Checkpoint, CheckpointError
 from cna_vllm.reading.tokens import token_text
+from cna_vllm.steering.circuit import Neuron
 
 if TYPE_CHECKING:
     import torch

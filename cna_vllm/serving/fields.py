@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cna_vllm.request import FIELD_RECORD, SteeringError
 from cna_vllm.serving.config import CnaConfig
+from cna_vllm.steering.request import FIELD_RECORD, SteeringError
 
 WITHOUT_CONFIG = (
     "this engine was started without circuits; start it with "

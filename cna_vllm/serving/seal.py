@@ -14,8 +14,8 @@ import os
 import secrets
 from typing import Any
 
-from cna_vllm.request import RESOLVED_FIELD, SEAL_KEY, Steering, SteeringError
 from cna_vllm.serving.config import SECRET_VARIABLE, CnaConfigError
+from cna_vllm.steering.request import RESOLVED_FIELD, SEAL_KEY, Steering, SteeringError
 
 LEAST_SECRET = 16  # characters
 

@@ -30,11 +30,11 @@ class TokenCounts(dict[str, int]):
 class SteeredRows:
     """What one step steers, over its whole batch; steps that steer the same may share one.
 
-    arms: intp [requests], -1 for plain requests. counts: steered token rows of each.
+    slots: intp [requests], -1 for plain requests. counts: steered token rows of each.
     """
 
     req_ids: Sequence[str]
-    arms: np.ndarray
+    slots: np.ndarray
     counts: np.ndarray
 
     @cached_property
@@ -52,7 +52,7 @@ class StepReport:
     """
 
     def __init__(self, step: SteeredRows, marks: torch.Tensor, mark: int) -> None:
-        """marks: int32 on the host, by arm; those equal to ``mark`` are of this step."""
+        """marks: int32 on the host, by slot; those equal to ``mark`` are of this step."""
         self._step = step
         self._marks = marks
         self._mark = mark
@@ -67,7 +67,7 @@ class StepReport:
         if not hit.any():
             return set()
         step = self._step
-        return {step.req_ids[i] for i in np.flatnonzero(hit[step.arms] & (step.counts > 0))}
+        return {step.req_ids[i] for i in np.flatnonzero(hit[step.slots] & (step.counts > 0))}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SentReport, (self.rows(), self.overflowed())

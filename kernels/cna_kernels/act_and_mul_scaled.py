@@ -11,8 +11,8 @@ One program computes BLOCK channels of one row as a tile [BLOCK / 8, 8]:
   would halve the access (AMD's 4 warps are 256 threads, so it gets 2). A larger BLOCK would not
   widen it, and would leave more of the last block idle (I = 1536 fills 1.5 blocks).
 * A row that is not steered costs one 4-byte load and a scalar branch.
-* What a steered row reads is asked for before gate and up are needed. A slot is branched on: nearly
-  all requests have one circuit, and an unused slot then costs 3 instructions a thread.
+* What a steered row reads is asked for before gate and up are needed. An entry is branched on:
+  nearly all requests have one circuit, and an unused entry then costs 3 instructions a thread.
 * The grid is fixed by the shape of x and nothing is allocated but the output, so a launch can be
   captured in a CUDA graph and routing may change between replays.
 
@@ -40,22 +40,22 @@ NUM_WARPS: Final = 4 if torch.version.hip is None else 2
 
 @triton.jit
 def steered_factor(  # type: ignore[no-untyped-def]
-    arm,
+    slot,
     byte,
     width,
-    arm_circuits_ptr,
-    arm_multipliers_ptr,
+    slot_circuits_ptr,
+    slot_multipliers_ptr,
     masks_ptr,
     K: tl.constexpr,
 ):
-    """float32 [bytes, 8]: of each channel of the mask bytes ``byte``, the product, in slot order,
-    of the multipliers of the arm's circuits that hold it. width: bytes of a mask."""
+    """float32 [bytes, 8]: of each channel of the mask bytes ``byte``, the product, in entry order,
+    of the multipliers of the slot's circuits that hold it. width: bytes of a mask."""
     bit = tl.arange(0, 8)
     factor = tl.full([byte.shape[0], 8], 1.0, tl.float32)
-    for slot in tl.static_range(K):
-        circuit = tl.load(arm_circuits_ptr + arm * K + slot).to(tl.int64)
+    for entry in tl.static_range(K):
+        circuit = tl.load(slot_circuits_ptr + slot * K + entry).to(tl.int64)
         if circuit >= 0:
-            multiplier = tl.load(arm_multipliers_ptr + arm * K + slot)
+            multiplier = tl.load(slot_multipliers_ptr + slot * K + entry)
             held = tl.load(masks_ptr + circuit * width + byte, mask=byte < width, other=0)
             member = ((held.to(tl.int32)[:, None] >> bit[None, :]) & 1) != 0
             factor = tl.where(member, factor * multiplier, factor)
@@ -66,18 +66,18 @@ def steered_factor(  # type: ignore[no-untyped-def]
 # another compiled variant, or a layer's slice of a larger table could compile during serving.
 @triton.jit(
     do_not_specialize_on_alignment=[
-        "row_arm_ptr",
-        "arm_circuits_ptr",
-        "arm_multipliers_ptr",
+        "row_slot_ptr",
+        "slot_circuits_ptr",
+        "slot_multipliers_ptr",
         "masks_ptr",
     ]
 )
 def act_and_mul_scaled_kernel(  # type: ignore[no-untyped-def]
     out_ptr,
     x_ptr,
-    row_arm_ptr,
-    arm_circuits_ptr,
-    arm_multipliers_ptr,
+    row_slot_ptr,
+    slot_circuits_ptr,
+    slot_multipliers_ptr,
     masks_ptr,
     x_row_stride,
     size,
@@ -86,7 +86,7 @@ def act_and_mul_scaled_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    arm = tl.load(row_arm_ptr + row).to(tl.int64)
+    slot = tl.load(row_slot_ptr + row).to(tl.int64)
 
     byte = tl.program_id(1) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
     bit = tl.arange(0, 8)
@@ -98,15 +98,15 @@ def act_and_mul_scaled_kernel(  # type: ignore[no-untyped-def]
     up = tl.load(x_row + size + channel, mask=live, other=0.0)
 
     factor = tl.full([BLOCK // 8, 8], 1.0, tl.float32)
-    if arm >= 0:
+    if slot >= 0:
         width = tl.cdiv(size, 8)
         factor = steered_factor(
-            arm, byte, width, arm_circuits_ptr, arm_multipliers_ptr, masks_ptr, K
+            slot, byte, width, slot_circuits_ptr, slot_multipliers_ptr, masks_ptr, K
         )
 
     act = activate(gate, ACTIVATION)
     out = (act.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
-    if arm >= 0:
+    if slot >= 0:
         # factor == 1 is every channel outside the circuits: out keeps its bits, NaNs included.
         # factor == 0 writes +0 whatever the activation, so an infinity never turns into NaN.
         scaled = tl.where(factor == 0.0, 0.0, factor * out.to(tl.float32)).to(gate.dtype)
@@ -117,9 +117,9 @@ def act_and_mul_scaled_kernel(  # type: ignore[no-untyped-def]
 
 def act_and_mul_scaled_triton(
     x: Tensor,
-    row_arm: Tensor,
-    arm_circuits: Tensor,
-    arm_multipliers: Tensor,
+    row_slot: Tensor,
+    slot_circuits: Tensor,
+    slot_multipliers: Tensor,
     masks: Tensor,
     activation: str,
 ) -> Tensor:
@@ -135,13 +135,13 @@ def act_and_mul_scaled_triton(
     kernel[(rows, -(-size // BLOCK))](
         out,
         x,
-        row_arm,
-        arm_circuits,
-        arm_multipliers,
+        row_slot,
+        slot_circuits,
+        slot_multipliers,
         masks,
         x.stride(0),
         size,
-        K=arm_circuits.shape[1],
+        K=slot_circuits.shape[1],
         ACTIVATION=activation,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``add_vectors``: adds steering vectors to the rows of a layer's output, in place.
 
-Rows are the routing of ``act_and_mul_scaled``: the same ``row_arm``, with tables of its own behind
+Rows are the routing of ``act_and_mul_scaled``: the same ``row_slot``, with tables of its own behind
 it. In place, so that a row that is not steered costs one 4-byte load and keeps its bits. The grid
 is fixed by the shape of hidden and nothing is allocated, so a launch can be captured in a CUDA
 graph and routing may change between replays.
@@ -25,41 +25,45 @@ NUM_WARPS: Final = 4 if torch.version.hip is None else 2
 MAX_ELEMENTS: Final = 1 << 21
 """Elements of the largest temporary on the CPU, whatever the number of rows."""
 
-# Rows to change, and of each slot: which of them, the rows of ``vectors``, the coefficients.
+# Rows to change, and of each entry: which of them, the rows of ``vectors``, the coefficients.
 Part = tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]
 
 _LAST: Final = LastRouting()
 
 
 def add_vectors_reference(
-    hidden: Tensor, row_arm: Tensor, arm_vectors: Tensor, arm_coefficients: Tensor, vectors: Tensor
+    hidden: Tensor,
+    row_slot: Tensor,
+    slot_vectors: Tensor,
+    slot_coefficients: Tensor,
+    vectors: Tensor,
 ) -> None:
-    """The definition of :func:`add_vectors`, row by row and slot by slot."""
+    """The definition of :func:`add_vectors`, row by row and entry by entry."""
     for row in range(hidden.shape[0]):
-        arm = int(row_arm[row])
-        if arm < 0:
+        slot = int(row_slot[row])
+        if slot < 0:
             continue
         total = hidden[row].float()
-        for slot in range(arm_vectors.shape[1]):
-            index = int(arm_vectors[arm, slot])
+        for entry in range(slot_vectors.shape[1]):
+            index = int(slot_vectors[slot, entry])
             if index >= 0:
-                total = total + arm_coefficients[arm, slot] * vectors[index]
-        if bool((arm_vectors[arm] >= 0).any()):
+                total = total + slot_coefficients[slot, entry] * vectors[index]
+        if bool((slot_vectors[slot] >= 0).any()):
             hidden[row] = total.to(hidden.dtype)
 
 
 @triton.jit(
     do_not_specialize_on_alignment=[
-        "row_arm_ptr",
-        "arm_vectors_ptr",
-        "arm_coefficients_ptr",
+        "row_slot_ptr",
+        "slot_vectors_ptr",
+        "slot_coefficients_ptr",
     ]
 )
 def add_vectors_kernel(  # type: ignore[no-untyped-def]
     hidden_ptr,
-    row_arm_ptr,
-    arm_vectors_ptr,
-    arm_coefficients_ptr,
+    row_slot_ptr,
+    slot_vectors_ptr,
+    slot_coefficients_ptr,
     vectors_ptr,
     row_stride,
     size,
@@ -67,20 +71,20 @@ def add_vectors_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    arm = tl.load(row_arm_ptr + row).to(tl.int64)
-    if arm >= 0:
+    slot = tl.load(row_slot_ptr + row).to(tl.int64)
+    if slot >= 0:
         channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        highest = tl.load(arm_vectors_ptr + arm * K)
-        for slot in tl.static_range(1, K):
-            highest = tl.maximum(highest, tl.load(arm_vectors_ptr + arm * K + slot))
-        # An arm of circuits only costs no access to hidden.
+        highest = tl.load(slot_vectors_ptr + slot * K)
+        for entry in tl.static_range(1, K):
+            highest = tl.maximum(highest, tl.load(slot_vectors_ptr + slot * K + entry))
+        # A slot of circuits only costs no access to hidden.
         live = channel < tl.where(highest >= 0, size, 0)
         at = hidden_ptr + row * row_stride + channel
         before = tl.load(at, mask=live, other=0.0)
         total = before.to(tl.float32)
-        for slot in tl.static_range(K):
-            index = tl.load(arm_vectors_ptr + arm * K + slot).to(tl.int64)
-            coefficient = tl.load(arm_coefficients_ptr + arm * K + slot)
+        for entry in tl.static_range(K):
+            index = tl.load(slot_vectors_ptr + slot * K + entry).to(tl.int64)
+            coefficient = tl.load(slot_coefficients_ptr + slot * K + entry)
             used = channel < tl.where(index >= 0, size, 0)
             vector = tl.load(vectors_ptr + index * size + channel, mask=used, other=0.0)
             total = tl.where(used, total + coefficient * vector, total)
@@ -88,20 +92,24 @@ def add_vectors_kernel(  # type: ignore[no-untyped-def]
 
 
 def add_vectors_triton(
-    hidden: Tensor, row_arm: Tensor, arm_vectors: Tensor, arm_coefficients: Tensor, vectors: Tensor
+    hidden: Tensor,
+    row_slot: Tensor,
+    slot_vectors: Tensor,
+    slot_coefficients: Tensor,
+    vectors: Tensor,
 ) -> None:
     """See :func:`add_vectors`, which dispatches here; fused multiply-adds are off."""
     rows, size = hidden.shape
     kernel: Any = add_vectors_kernel
     kernel[(rows, -(-size // BLOCK))](
         hidden,
-        row_arm,
-        arm_vectors,
-        arm_coefficients,
+        row_slot,
+        slot_vectors,
+        slot_coefficients,
         vectors,
         hidden.stride(0),
         size,
-        K=arm_vectors.shape[1],
+        K=slot_vectors.shape[1],
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,
@@ -109,14 +117,18 @@ def add_vectors_triton(
 
 
 def add_vectors_cpu(
-    hidden: Tensor, row_arm: Tensor, arm_vectors: Tensor, arm_coefficients: Tensor, vectors: Tensor
+    hidden: Tensor,
+    row_slot: Tensor,
+    slot_vectors: Tensor,
+    slot_coefficients: Tensor,
+    vectors: Tensor,
 ) -> None:
     """See :func:`add_vectors`, which dispatches here; temporaries hold MAX_ELEMENTS at most."""
-    routing = _LAST.get(hidden.shape[0], row_arm, arm_vectors, arm_coefficients)
+    routing = _LAST.get(hidden.shape[0], row_slot, slot_vectors, slot_coefficients)
     if not routing.rows.size:
         return
     step = max(1, MAX_ELEMENTS // max(1, hidden.shape[1]))
-    for rows, terms in _PARTS.get(routing, arm_vectors, arm_coefficients, step):
+    for rows, terms in _PARTS.get(routing, slot_vectors, slot_coefficients, step):
         total = hidden.index_select(0, rows).float()
         for which, index, coefficient in terms:
             total.index_add_(0, which, vectors.index_select(0, index).mul_(coefficient))
@@ -124,18 +136,18 @@ def add_vectors_cpu(
 
 
 def _parts(
-    routing: Routing, arm_vectors: Tensor, arm_coefficients: Tensor, step: int
+    routing: Routing, slot_vectors: Tensor, slot_coefficients: Tensor, step: int
 ) -> list[Part]:
-    slots = arm_vectors.numpy().take(routing.arms, 0)
-    with_vectors = np.flatnonzero((slots >= 0).any(axis=1))
+    entries = slot_vectors.numpy().take(routing.slots, 0)
+    with_vectors = np.flatnonzero((entries >= 0).any(axis=1))
     parts = []
     for start in range(0, with_vectors.size, step):
         chosen = with_vectors[start : start + step]
         terms = []
-        for slot in range(slots.shape[1]):
-            index = slots[chosen, slot]
+        for entry in range(entries.shape[1]):
+            index = entries[chosen, entry]
             which = np.flatnonzero(index >= 0)
-            coefficient = arm_coefficients.numpy()[routing.arms[chosen[which]], slot]
+            coefficient = slot_coefficients.numpy()[routing.slots[chosen[which]], entry]
             if which.size:
                 terms.append(
                     (
@@ -156,11 +168,11 @@ class _LastParts:
         self._parts: list[Part] = []
 
     def get(
-        self, routing: Routing, arm_vectors: Tensor, arm_coefficients: Tensor, step: int
+        self, routing: Routing, slot_vectors: Tensor, slot_coefficients: Tensor, step: int
     ) -> list[Part]:
         """``_parts``, kept while the routing is the very same."""
         if self._of is None or self._of[0] is not routing or self._of[1] != step:
-            self._parts = _parts(routing, arm_vectors, arm_coefficients, step)
+            self._parts = _parts(routing, slot_vectors, slot_coefficients, step)
             self._of = (routing, step)
         return self._parts
 
@@ -169,15 +181,19 @@ _PARTS: Final = _LastParts()
 
 
 def _fake(
-    hidden: Tensor, row_arm: Tensor, arm_vectors: Tensor, arm_coefficients: Tensor, vectors: Tensor
+    hidden: Tensor,
+    row_slot: Tensor,
+    slot_vectors: Tensor,
+    slot_coefficients: Tensor,
+    vectors: Tensor,
 ) -> None:
     return None
 
 
 _LIBRARY: Final = Library("cna", "FRAGMENT")
 _LIBRARY.define(
-    "add_vectors(Tensor(a!) hidden, Tensor row_arm, Tensor arm_vectors, Tensor arm_coefficients, "
-    "Tensor vectors) -> ()",
+    "add_vectors(Tensor(a!) hidden, Tensor row_slot, Tensor slot_vectors, "
+    "Tensor slot_coefficients, Tensor vectors) -> ()",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 _LIBRARY.impl("add_vectors", add_vectors_triton, "CUDA")
@@ -188,23 +204,27 @@ _OP: Final = torch.ops.cna.add_vectors.default
 
 
 def add_vectors(
-    hidden: Tensor, row_arm: Tensor, arm_vectors: Tensor, arm_coefficients: Tensor, vectors: Tensor
+    hidden: Tensor,
+    row_slot: Tensor,
+    slot_vectors: Tensor,
+    slot_coefficients: Tensor,
+    vectors: Tensor,
 ) -> None:
-    """hidden[t] = round(hidden[t] + sum_k c_k * v_k) over the slots k of arm row_arm[t].
+    """hidden[t] = round(hidden[t] + sum_k c_k * v_k) over the entries k of slot row_slot[t].
 
-    Everything is float32: each product c_k * v_k is rounded, then each sum, in slot order,
+    Everything is float32: each product c_k * v_k is rounded, then each sum, in entry order,
     beginning with hidden[t]; the result is rounded once to the dtype of hidden. For float32 and
-    one vector that is eager ``hidden[t] + c * v`` to the bit. Rows without an arm, or whose arm
+    one vector that is eager ``hidden[t] + c * v`` to the bit. Rows without a slot, or whose slot
     has no vector, keep their bits.
 
     Args:
         hidden: [T, H] float32, bfloat16 or float16, written in place. The last dimension is
             contiguous.
-        row_arm: [>= T] int32, arm of each row, -1 = not steered. Rows past T are never read.
-        arm_vectors: [A, K] int32, rows of ``vectors``; -1, anywhere, is an unused slot.
-        arm_coefficients: [A, K] float32.
+        row_slot: [>= T] int32, slot of each row, -1 = not steered. Rows past T are never read.
+        slot_vectors: [S, K] int32, rows of ``vectors``; -1, anywhere, is an unused entry.
+        slot_coefficients: [S, K] float32.
         vectors: [N, H] float32, contiguous.
 
-    Operands are trusted: row_arm[t] < A and arm_vectors[a, k] < N.
+    Operands are trusted: row_slot[t] < A and slot_vectors[a, k] < N.
     """
-    _OP(hidden, row_arm, arm_vectors, arm_coefficients, vectors)
+    _OP(hidden, row_slot, slot_vectors, slot_coefficients, vectors)

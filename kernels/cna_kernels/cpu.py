@@ -19,15 +19,15 @@ _LAST: Final = LastRouting()
 MAX_ELEMENTS: Final = 1 << 21
 """Elements of the largest temporary, whatever the number of rows and the size of circuits."""
 
-ROWS_PER_ARM: Final = 4
-"""Mean rows of an arm from which circuits are resolved once an arm, not once a row."""
+ROWS_PER_SLOT: Final = 4
+"""Mean rows of a slot from which circuits are resolved once a slot, not once a row."""
 
 
 def act_and_mul_scaled_cpu(
     x: Tensor,
-    row_arm: Tensor,
-    arm_circuits: Tensor,
-    arm_multipliers: Tensor,
+    row_slot: Tensor,
+    slot_circuits: Tensor,
+    slot_multipliers: Tensor,
     masks: Tensor,
     activation: str,
 ) -> Tensor:
@@ -39,18 +39,18 @@ def act_and_mul_scaled_cpu(
     """
     gate, up = x.chunk(2, 1)
     out = eager_activation(activation)(gate).mul_(up)
-    routing = _LAST.get(x.shape[0], row_arm, arm_circuits, arm_multipliers)
+    routing = _LAST.get(x.shape[0], row_slot, slot_circuits, slot_multipliers)
     if not routing.rows.size:
         return out
     size = out.shape[1]
-    if routing.rows.size * size * arm_circuits.shape[1] > MAX_ELEMENTS:
-        tables = arm_circuits.numpy(), arm_multipliers.numpy(), masks.numpy()
-        _steer(out, routing.rows, routing.arms, *tables)
+    if routing.rows.size * size * slot_circuits.shape[1] > MAX_ELEMENTS:
+        tables = slot_circuits.numpy(), slot_multipliers.numpy(), masks.numpy()
+        _steer(out, routing.rows, routing.slots, *tables)
         return out
     entries = routing.kept(masks, size)
     if entries is None:
-        circuits = arm_circuits.numpy().take(routing.arms, 0)
-        multipliers = arm_multipliers.numpy().take(routing.arms, 0)
+        circuits = slot_circuits.numpy().take(routing.slots, 0)
+        multipliers = slot_multipliers.numpy().take(routing.slots, 0)
         owner, channel, factor = _entries(circuits, multipliers, masks.numpy(), size)
         entries = Entries.of(routing.rows.take(owner) * size + channel, factor)
         routing.keep(masks, size, entries)
@@ -61,27 +61,27 @@ def act_and_mul_scaled_cpu(
 def _steer(
     out: Tensor,
     rows: Ints,
-    arms: NDArray[np.int32],
-    arm_circuits: NDArray[np.int32],
-    arm_multipliers: Floats,
+    slots: NDArray[np.int32],
+    slot_circuits: NDArray[np.int32],
+    slot_multipliers: Floats,
     masks: NDArray[np.uint8],
 ) -> None:
-    """out[rows[i], j] = f(arms[i], j) * out[rows[i], j] for the channels j of circuits of arms[i].
+    """out[rows[i], j] = f(slots[i], j) * out[rows[i], j] for j in the circuits of slots[i].
 
-    The entries of a block of arms are resolved together: of the arms in use where each serves
-    many rows (prefill), else of the arm of every row.
+    The entries of a block of slots are resolved together: of the slots in use where each serves
+    many rows (prefill), else of the slot of every row.
     """
     size = out.shape[1]
-    present = np.zeros(len(arm_circuits), dtype=bool)
-    present[arms] = True
+    present = np.zeros(len(slot_circuits), dtype=bool)
+    present[slots] = True
     used = present.nonzero()[0]
-    grouped = used.size * ROWS_PER_ARM <= rows.size
-    resolved = used if grouped else arms
-    block = max(1, MAX_ELEMENTS // (size * max(1, arm_circuits.shape[1])))
+    grouped = used.size * ROWS_PER_SLOT <= rows.size
+    resolved = used if grouped else slots
+    block = max(1, MAX_ELEMENTS // (size * max(1, slot_circuits.shape[1])))
     for start in range(0, resolved.size, block):
         part = resolved[start : start + block]
         owner, channel, factor = _entries(
-            arm_circuits.take(part, 0), arm_multipliers.take(part, 0), masks, size
+            slot_circuits.take(part, 0), slot_multipliers.take(part, 0), masks, size
         )
         if not owner.size:
             continue
@@ -89,11 +89,11 @@ def _steer(
             Entries.of(rows[start:].take(owner) * size + channel, factor).apply(out)
             continue
         bounds = np.searchsorted(owner, np.arange(part.size + 1)).tolist()
-        for i, arm in enumerate(part):
+        for i, slot in enumerate(part):
             begin, end = bounds[i], bounds[i + 1]
             if begin == end:
                 continue
-            bases = rows[arms == arm][:, None] * size
+            bases = rows[slots == slot][:, None] * size
             step = max(1, MAX_ELEMENTS // (end - begin))
             for low in range(0, len(bases), step):
                 at = bases[low : low + step] + channel[begin:end]
@@ -103,9 +103,9 @@ def _steer(
 def _entries(
     circuits: NDArray[np.int32], multipliers: Floats, masks: NDArray[np.uint8], size: int
 ) -> tuple[Ints, Ints, Floats]:
-    """(a, j, f): every channel j in a circuit of arm a, once, with its factor; sorted by a.
+    """(a, j, f): every channel j in a circuit of slot a, once, with its factor; sorted by a.
 
-    f is the product, in slot order, of multipliers[a, k] over the slots k whose circuit holds j.
+    f is the product, in entry order, of multipliers[a, k] over the entries k whose circuit holds j.
     """
     in_use = (circuits >= 0).reshape(-1).nonzero()[0]
     held = masks.take(circuits.take(in_use), 0).reshape(-1)
@@ -117,12 +117,12 @@ def _entries(
     if size & 7:  # the last byte has padding bits
         inside = channel < size
         pair, channel = pair[inside], channel[inside]
-    arm = in_use // circuits.shape[1]
-    owner = arm.take(pair)
+    slot = in_use // circuits.shape[1]
+    owner = slot.take(pair)
     factor = multipliers.reshape(-1)[in_use.take(pair)]
-    if np.count_nonzero(arm[1:] == arm[:-1]):  # several slots: merge shared channels
+    if np.count_nonzero(slot[1:] == slot[:-1]):  # several entries: merge shared channels
         key = owner * size + channel
-        order = key.argsort(kind="stable")  # equal keys keep their slot order
+        order = key.argsort(kind="stable")  # equal keys keep their entry order
         key = key[order]
         first = np.concatenate(([True], key[1:] != key[:-1])).nonzero()[0]
         factor = np.asarray(np.multiply.reduceat(factor[order], first))

@@ -14,7 +14,7 @@ from cna_kernels.cpu import act_and_mul_scaled_cpu
 # over a plain Python call. The tag keeps Inductor from giving x another stride order.
 _LIBRARY: Final = Library("cna", "DEF")
 _LIBRARY.define(
-    "act_and_mul_scaled(Tensor x, Tensor row_arm, Tensor arm_circuits, Tensor arm_multipliers, "
+    "act_and_mul_scaled(Tensor x, Tensor row_slot, Tensor slot_circuits, Tensor slot_multipliers, "
     "Tensor masks, str activation) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
@@ -22,9 +22,9 @@ _LIBRARY.define(
 
 def _fake(
     x: Tensor,
-    row_arm: Tensor,
-    arm_circuits: Tensor,
-    arm_multipliers: Tensor,
+    row_slot: Tensor,
+    slot_circuits: Tensor,
+    slot_multipliers: Tensor,
     masks: Tensor,
     activation: str,
 ) -> Tensor:
@@ -48,24 +48,24 @@ def backend(device: torch.device) -> str:
 
 def act_and_mul_scaled(
     x: Tensor,
-    row_arm: Tensor,
-    arm_circuits: Tensor,
-    arm_multipliers: Tensor,
+    row_slot: Tensor,
+    slot_circuits: Tensor,
+    slot_multipliers: Tensor,
     masks: Tensor,
     activation: str,
 ) -> Tensor:
     """out[t, j] = f(t, j) * a[t, j] with a = round(round(act(gate)) * up); calls the op.
 
-    f(t, j) is the float32 product, in slot order, of the multipliers of those slots of arm
-    row_arm[t] whose circuit holds channel j. Where no slot does, or row_arm[t] < 0, out is a to
+    f(t, j) is the float32 product, in entry order, of the multipliers of those entries of slot
+    row_slot[t] whose circuit holds channel j. Where no entry does, or row_slot[t] < 0, out is a to
     the bit. Where f == 0, out is exactly +0. Else f * a is a float32 product rounded once.
 
     Args:
         x: [T, 2 * I] float32, bfloat16 or float16; gate = x[:, :I], up = x[:, I:]. The last
             dimension is contiguous, the row stride may exceed 2 * I.
-        row_arm: [>= T] int32, arm of each row, -1 = not steered. Rows past T are never read.
-        arm_circuits: [A, K] int32, circuit rows of each arm; -1, anywhere, is an unused slot.
-        arm_multipliers: [A, K] float32.
+        row_slot: [>= T] int32, slot of each row, -1 = not steered. Rows past T are never read.
+        slot_circuits: [S, K] int32, circuit rows of each slot; -1, anywhere, is an unused entry.
+        slot_multipliers: [S, K] float32.
         masks: [C, ceil(I / 8)] uint8; bit value 1 << (j & 7) of byte j >> 3 is channel j.
         activation: "silu", "gelu_tanh" or "gelu" (erf).
 
@@ -76,5 +76,5 @@ def act_and_mul_scaled(
     bounds, where tables are built. An unknown activation raises ValueError on the CPU and fails
     compilation of the Triton kernel.
     """
-    out: Tensor = _OP(x, row_arm, arm_circuits, arm_multipliers, masks, activation)
+    out: Tensor = _OP(x, row_slot, slot_circuits, slot_multipliers, masks, activation)
     return out

@@ -14,20 +14,20 @@ from cna_kernels.act_and_mul_scaled import INTERPRETED
 BLOCK: Final = 1024
 
 
-def record_rows_reference(rows: Tensor, row_slot: Tensor, stage: Tensor) -> None:
-    """stage[row_slot[t]] = rows[t] for every row t with row_slot[t] >= 0, row by row."""
+def record_rows_reference(rows: Tensor, row_stage: Tensor, stage: Tensor) -> None:
+    """stage[row_stage[t]] = rows[t] for every row t with row_stage[t] >= 0, row by row."""
     for t in range(rows.shape[0]):
-        slot = int(row_slot[t])
+        slot = int(row_stage[t])
         if slot >= 0:
             stage[slot] = rows[t]
 
 
-@triton.jit(do_not_specialize_on_alignment=["row_slot_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["row_stage_ptr"])
 def _record_rows_kernel(  # type: ignore[no-untyped-def]
-    rows_ptr, row_slot_ptr, stage_ptr, size, BLOCK: tl.constexpr
+    rows_ptr, row_stage_ptr, stage_ptr, size, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(row_slot_ptr + row).to(tl.int64)
+    slot = tl.load(row_stage_ptr + row).to(tl.int64)
     if slot >= 0:
         channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         live = channel < size
@@ -35,26 +35,26 @@ def _record_rows_kernel(  # type: ignore[no-untyped-def]
         tl.store(stage_ptr + slot * size + channel, values, mask=live)
 
 
-def _record_rows_triton(rows: Tensor, row_slot: Tensor, stage: Tensor) -> None:
+def _record_rows_triton(rows: Tensor, row_stage: Tensor, stage: Tensor) -> None:
     size = rows.shape[1]
     kernel: Any = _record_rows_kernel
-    kernel[(rows.shape[0], -(-size // BLOCK))](rows, row_slot, stage, size, BLOCK=BLOCK)
+    kernel[(rows.shape[0], -(-size // BLOCK))](rows, row_stage, stage, size, BLOCK=BLOCK)
 
 
-def _record_rows_cpu(rows: Tensor, row_slot: Tensor, stage: Tensor) -> None:
-    slots = row_slot[: rows.shape[0]]
-    flagged = (slots >= 0).nonzero().squeeze(1)
+def _record_rows_cpu(rows: Tensor, row_stage: Tensor, stage: Tensor) -> None:
+    stages = row_stage[: rows.shape[0]]
+    flagged = (stages >= 0).nonzero().squeeze(1)
     if flagged.numel():
-        stage.index_copy_(0, slots[flagged].long(), rows[flagged])
+        stage.index_copy_(0, stages[flagged].long(), rows[flagged])
 
 
-def _fake(rows: Tensor, row_slot: Tensor, stage: Tensor) -> None:
+def _fake(rows: Tensor, row_stage: Tensor, stage: Tensor) -> None:
     return None
 
 
 _LIBRARY: Final = Library("cna", "FRAGMENT")
 _LIBRARY.define(
-    "record_rows(Tensor rows, Tensor row_slot, Tensor(a!) stage) -> ()",
+    "record_rows(Tensor rows, Tensor row_stage, Tensor(a!) stage) -> ()",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 _LIBRARY.impl("record_rows", _record_rows_triton, "CUDA")
@@ -64,15 +64,15 @@ torch.library.register_fake("cna::record_rows", _fake, lib=_LIBRARY)
 _OP: Final = torch.ops.cna.record_rows.default
 
 
-def record_rows(rows: Tensor, row_slot: Tensor, stage: Tensor) -> None:
-    """stage[row_slot[t]] = rows[t] for every row t with row_slot[t] >= 0.
+def record_rows(rows: Tensor, row_stage: Tensor, stage: Tensor) -> None:
+    """stage[row_stage[t]] = rows[t] for every row t with row_stage[t] >= 0.
 
     Args:
         rows: [T, I], contiguous.
-        row_slot: [>= T] int32, the staging slot of each row, -1 = not recorded; slots of one call
+        row_stage: [>= T] int32, the staging slot of each row, -1 = not recorded; slots of one call
             are distinct. Rows past T are never read.
         stage: [S, I], dtype and device of rows, contiguous; written in place.
 
     Operands are trusted: a slot must be below S.
     """
-    _OP(rows, row_slot, stage)
+    _OP(rows, row_stage, stage)

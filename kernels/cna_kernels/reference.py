@@ -38,28 +38,28 @@ def unpack_mask(mask: Tensor, intermediate_size: int) -> Tensor:
 
 
 def scale_reference(
-    a: Tensor, row_arm: Tensor, arm_circuits: Tensor, arm_multipliers: Tensor, masks: Tensor
+    a: Tensor, row_slot: Tensor, slot_circuits: Tensor, slot_multipliers: Tensor, masks: Tensor
 ) -> Tensor:
-    """out[t, j] = f(t, j) * a[t, j] where a circuit of arm row_arm[t] holds j, else a[t, j].
+    """out[t, j] = f(t, j) * a[t, j] where a circuit of slot row_slot[t] holds j, else a[t, j].
 
     a [T, I] float32, bfloat16 or float16 is left as it is; the other operands are those of
-    :func:`cna_kernels.act_and_mul_scaled`. f is the float32 product, in slot order, of the
-    multipliers of the slots whose circuit holds j; f * a is a float32 product rounded once to
+    :func:`cna_kernels.act_and_mul_scaled`. f is the float32 product, in entry order, of the
+    multipliers of the entries whose circuit holds j; f * a is a float32 product rounded once to
     the dtype of a, and exactly +0 where f == 0.
     """
     out = a.clone()
     for row in range(a.shape[0]):
-        arm = int(row_arm[row])
-        if arm < 0:
+        slot = int(row_slot[row])
+        if slot < 0:
             continue
         factor = torch.ones(a.shape[1], dtype=torch.float32, device=a.device)
         inside = torch.zeros(a.shape[1], dtype=torch.bool, device=a.device)
-        for slot in range(arm_circuits.shape[1]):
-            circuit = int(arm_circuits[arm, slot])
+        for entry in range(slot_circuits.shape[1]):
+            circuit = int(slot_circuits[slot, entry])
             if circuit < 0:
                 continue
             members = unpack_mask(masks[circuit], a.shape[1])
-            factor = torch.where(members, factor * arm_multipliers[arm, slot], factor)
+            factor = torch.where(members, factor * slot_multipliers[slot, entry], factor)
             inside |= members
         scaled = (factor * a[row].float()).to(a.dtype)
         scaled = torch.where(factor == 0, torch.zeros_like(scaled), scaled)
@@ -69,9 +69,9 @@ def scale_reference(
 
 def act_and_mul_scaled_reference(
     x: Tensor,
-    row_arm: Tensor,
-    arm_circuits: Tensor,
-    arm_multipliers: Tensor,
+    row_slot: Tensor,
+    slot_circuits: Tensor,
+    slot_multipliers: Tensor,
     masks: Tensor,
     activation: str,
 ) -> Tensor:
@@ -82,4 +82,4 @@ def act_and_mul_scaled_reference(
     """
     size = x.shape[1] // 2
     a = eager_activation(activation)(x[:, :size]) * x[:, size:]
-    return scale_reference(a, row_arm, arm_circuits, arm_multipliers, masks)
+    return scale_reference(a, row_slot, slot_circuits, slot_multipliers, masks)

@@ -79,14 +79,14 @@ class Stamp:
 class Routing:
     """The steered rows of a step, and the entries of the layers resolved so far.
 
-    rows: indices of the steered rows. arms: [len(rows)], the arm of each. layers: id of a layer's
+    rows: indices of the steered rows. slots: [len(rows)], the slot of each. layers: id of a layer's
     masks -> (their stamp, width, entries).
     """
 
     num_rows: int
     stamps: tuple[Stamp, ...]
     rows: Ints
-    arms: NDArray[np.int32]
+    slots: NDArray[np.int32]
     layers: dict[int, tuple[Stamp, int, Entries]] = field(default_factory=dict)
 
     def holds(self, num_rows: int, *operands: Tensor) -> bool:
@@ -117,16 +117,18 @@ class LastRouting:
         self._routing: Routing | None = None
 
     def get(
-        self, num_rows: int, row_arm: Tensor, arm_circuits: Tensor, arm_multipliers: Tensor
+        self, num_rows: int, row_slot: Tensor, slot_circuits: Tensor, slot_multipliers: Tensor
     ) -> Routing:
-        """The routing of ``row_arm[:num_rows]``, kept or made."""
+        """The routing of ``row_slot[:num_rows]``, kept or made."""
         routing = self._routing
-        if routing is not None and routing.holds(num_rows, row_arm, arm_circuits, arm_multipliers):
+        if routing is not None and routing.holds(
+            num_rows, row_slot, slot_circuits, slot_multipliers
+        ):
             return routing
-        arms = row_arm.numpy()[:num_rows]
-        rows = (arms >= 0).nonzero()[0]
-        stamps = [Stamp.of(t) for t in (row_arm, arm_circuits, arm_multipliers)]
+        slots = row_slot.numpy()[:num_rows]
+        rows = (slots >= 0).nonzero()[0]
+        stamps = [Stamp.of(t) for t in (row_slot, slot_circuits, slot_multipliers)]
         known = tuple(stamp for stamp in stamps if stamp is not None)
-        routing = Routing(num_rows, known, rows, arms.take(rows))
+        routing = Routing(num_rows, known, rows, slots.take(rows))
         self._routing = routing if len(known) == len(stamps) else None
         return routing

@@ -12,7 +12,7 @@ come to the steered value v = f * a. That is gate = 32 and up = v / 32:
 * float16 has too few exponents for that: below 2**-9 the quotient is subnormal and loses bits.
 
 Rows that are not steered, and channels whose factor is 1, keep their bits. A program is one warp,
-and those of a row without an arm end after one load. A tile without a member costs its mask bytes;
+and those of a row without a slot end after one load. A tile without a member costs its mask bytes;
 else gate and up are read and written where a channel is steered, and nowhere else.
 """
 
@@ -41,17 +41,17 @@ MAX_ELEMENTS: Final = 1 << 21
 
 @triton.jit(
     do_not_specialize_on_alignment=[
-        "row_arm_ptr",
-        "arm_circuits_ptr",
-        "arm_multipliers_ptr",
+        "row_slot_ptr",
+        "slot_circuits_ptr",
+        "slot_multipliers_ptr",
         "masks_ptr",
     ]
 )
 def steer_gate_up_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
-    row_arm_ptr,
-    arm_circuits_ptr,
-    arm_multipliers_ptr,
+    row_slot_ptr,
+    slot_circuits_ptr,
+    slot_multipliers_ptr,
     masks_ptr,
     x_row_stride,
     size,
@@ -61,8 +61,8 @@ def steer_gate_up_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    arm = tl.load(row_arm_ptr + row).to(tl.int64)
-    if arm >= 0:
+    slot = tl.load(row_slot_ptr + row).to(tl.int64)
+    if slot >= 0:
         width = tl.cdiv(size, 8)
         x_row = x_ptr + row * x_row_stride
         bit = tl.arange(0, 8)
@@ -70,15 +70,15 @@ def steer_gate_up_kernel(  # type: ignore[no-untyped-def]
         for start in range(tl.program_id(1) * step, width, tl.num_programs(1) * step):
             byte = start + tl.arange(0, BLOCK // 8)
             present = tl.zeros([BLOCK // 8], tl.int32)
-            for slot in tl.static_range(K):
-                circuit = tl.load(arm_circuits_ptr + arm * K + slot).to(tl.int64)
+            for entry in tl.static_range(K):
+                circuit = tl.load(slot_circuits_ptr + slot * K + entry).to(tl.int64)
                 end = tl.where(circuit >= 0, width, 0)
                 held = tl.load(masks_ptr + circuit * width + byte, mask=byte < end, other=0)
                 present |= held.to(tl.int32)
             if tl.max(present, 0) != 0:
                 # Few tiles come here, and they find the masks in the cache.
                 factor = steered_factor(
-                    arm, byte, width, arm_circuits_ptr, arm_multipliers_ptr, masks_ptr, K
+                    slot, byte, width, slot_circuits_ptr, slot_multipliers_ptr, masks_ptr, K
                 )
                 channel = byte[:, None] * 8 + bit[None, :]
                 steered = (factor != 1.0) & (channel < size)
@@ -96,9 +96,9 @@ def steer_gate_up_kernel(  # type: ignore[no-untyped-def]
 
 def _steer_gate_up_triton(
     x: Tensor,
-    row_arm: Tensor,
-    arm_circuits: Tensor,
-    arm_multipliers: Tensor,
+    row_slot: Tensor,
+    slot_circuits: Tensor,
+    slot_multipliers: Tensor,
     masks: Tensor,
     activation: str,
 ) -> None:
@@ -108,13 +108,13 @@ def _steer_gate_up_triton(
     kernel: Any = steer_gate_up_kernel
     kernel[(rows, parts)](
         x,
-        row_arm,
-        arm_circuits,
-        arm_multipliers,
+        row_slot,
+        slot_circuits,
+        slot_multipliers,
         masks,
         x.stride(0),
         size,
-        K=arm_circuits.shape[1],
+        K=slot_circuits.shape[1],
         ACTIVATION=activation,
         CARRIER=CARRIER,
         BLOCK=BLOCK,
@@ -125,9 +125,9 @@ def _steer_gate_up_triton(
 
 def steer_gate_up_reference(
     x: Tensor,
-    row_arm: Tensor,
-    arm_circuits: Tensor,
-    arm_multipliers: Tensor,
+    row_slot: Tensor,
+    slot_circuits: Tensor,
+    slot_multipliers: Tensor,
     masks: Tensor,
     activation: str,
 ) -> None:
@@ -135,14 +135,14 @@ def steer_gate_up_reference(
     size = x.shape[1] // 2
     act = eager_activation(activation)
     bits = torch.arange(8, dtype=torch.uint8, device=x.device)
-    steered_rows = (row_arm[: x.shape[0]] >= 0).nonzero().squeeze(1)
+    steered_rows = (row_slot[: x.shape[0]] >= 0).nonzero().squeeze(1)
     if not len(steered_rows):
         return
     for rows in steered_rows.split(max(1, MAX_ELEMENTS // size)):
-        arms = row_arm[rows].long()
+        slots = row_slot[rows].long()
         factor = torch.ones(len(rows), size, dtype=torch.float32, device=x.device)
         for circuits, multipliers in zip(
-            arm_circuits[arms].unbind(1), arm_multipliers[arms].unbind(1), strict=True
+            slot_circuits[slots].unbind(1), slot_multipliers[slots].unbind(1), strict=True
         ):
             held = masks[circuits.clamp(min=0).long()]
             member = ((held[:, :, None] >> bits) & 1).bool().flatten(1)[:, :size]
@@ -157,9 +157,9 @@ def steer_gate_up_reference(
 
 def _fake(
     x: Tensor,
-    row_arm: Tensor,
-    arm_circuits: Tensor,
-    arm_multipliers: Tensor,
+    row_slot: Tensor,
+    slot_circuits: Tensor,
+    slot_multipliers: Tensor,
     masks: Tensor,
     activation: str,
 ) -> None:
@@ -168,7 +168,7 @@ def _fake(
 
 _LIBRARY: Final = Library("cna", "FRAGMENT")
 _LIBRARY.define(
-    "steer_gate_up(Tensor(a!) x, Tensor row_arm, Tensor arm_circuits, Tensor arm_multipliers, "
+    "steer_gate_up(Tensor(a!) x, Tensor row_slot, Tensor slot_circuits, Tensor slot_multipliers, "
     "Tensor masks, str activation) -> ()",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
@@ -183,9 +183,9 @@ _OP: Final = torch.ops.cna.steer_gate_up.default
 
 def steer_gate_up(
     x: Tensor,
-    row_arm: Tensor,
-    arm_circuits: Tensor,
-    arm_multipliers: Tensor,
+    row_slot: Tensor,
+    slot_circuits: Tensor,
+    slot_multipliers: Tensor,
     masks: Tensor,
     activation: str,
 ) -> None:
@@ -198,7 +198,7 @@ def steer_gate_up(
     Args:
         x: [T, 2 * I], of one of CARRYING_DTYPES; gate = x[:, :I], up = x[:, I:]. The last
             dimension is contiguous, the row stride may exceed 2 * I.
-        row_arm, arm_circuits, arm_multipliers, masks, activation: as for
+        row_slot, slot_circuits, slot_multipliers, masks, activation: as for
             :func:`cna_kernels.act_and_mul_scaled`.
     """
-    _OP(x, row_arm, arm_circuits, arm_multipliers, masks, activation)
+    _OP(x, row_slot, slot_circuits, slot_multipliers, masks, activation)

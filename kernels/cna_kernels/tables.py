@@ -8,25 +8,25 @@ from cna_kernels.reference import mask_width
 
 
 def check_tables(
-    row_arm: Tensor,
-    arm_circuits: Tensor,
-    arm_multipliers: Tensor,
+    row_slot: Tensor,
+    slot_circuits: Tensor,
+    slot_multipliers: Tensor,
     masks: Tensor,
     *,
     intermediate_size: int,
 ) -> None:
-    """row_arm[t] < A and -1 <= arm_circuits[a, k] < C: nothing the op reads is out of bounds.
+    """row_slot[t] < A and -1 <= slot_circuits[a, k] < C: nothing the op reads is out of bounds.
 
-    row_arm int32 [R], arm_circuits int32 [A, K], arm_multipliers float32 [A, K] and
+    row_slot int32 [R], slot_circuits int32 [A, K], slot_multipliers float32 [A, K] and
     masks uint8 [C, ceil(intermediate_size / 8)] must be contiguous and on one device.
     The op itself trusts its operands; call this where they are built. It copies values to the
     host, so it must not run in a captured CUDA graph.
     Raises ValueError with one line that names the operand and what it must be.
     """
     expected = (
-        ("row_arm", row_arm, torch.int32, 1),
-        ("arm_circuits", arm_circuits, torch.int32, 2),
-        ("arm_multipliers", arm_multipliers, torch.float32, 2),
+        ("row_slot", row_slot, torch.int32, 1),
+        ("slot_circuits", slot_circuits, torch.int32, 2),
+        ("slot_multipliers", slot_multipliers, torch.float32, 2),
         ("masks", masks, torch.uint8, 2),
     )
     for name, tensor, dtype, dims in expected:
@@ -37,20 +37,20 @@ def check_tables(
             )
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-        if tensor.device != row_arm.device:
-            raise ValueError(f"{name} must be on {row_arm.device}, got {tensor.device}")
-    if arm_circuits.shape != arm_multipliers.shape:
+        if tensor.device != row_slot.device:
+            raise ValueError(f"{name} must be on {row_slot.device}, got {tensor.device}")
+    if slot_circuits.shape != slot_multipliers.shape:
         raise ValueError(
-            f"arm_multipliers must have the shape of arm_circuits {tuple(arm_circuits.shape)}, "
-            f"got {tuple(arm_multipliers.shape)}"
+            f"slot_multipliers must have the shape of slot_circuits {tuple(slot_circuits.shape)}, "
+            f"got {tuple(slot_multipliers.shape)}"
         )
     if masks.shape[1] != mask_width(intermediate_size):
         raise ValueError(
             f"masks must have {mask_width(intermediate_size)} bytes a circuit for "
             f"intermediate_size {intermediate_size}, got {masks.shape[1]}"
         )
-    _check_range("row_arm", row_arm, arm_circuits.shape[0])
-    _check_range("arm_circuits", arm_circuits, masks.shape[0])
+    _check_range("row_slot", row_slot, slot_circuits.shape[0])
+    _check_range("slot_circuits", slot_circuits, masks.shape[0])
 
 
 def _check_range(name: str, indices: Tensor, bound: int) -> None:

@@ -8,7 +8,7 @@ import json
 import random
 from typing import Any
 
-from cna_vllm.request import FIELDS
+from cna_vllm.steering.request import FIELDS
 from tests.integration.forms import GENERATING, OTHERS, Body, Endpoint, Request
 
 TRIES = 5000

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from cna_vllm.models import default_model_path
+from cna_vllm.checkpoints.models import default_model_path
 from tests import tiny_models
 from tests.oracles import Arm, Channels, HookedModel, Vectors, Verdict
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from cna_vllm import Circuit
-from cna_vllm.vectors import VectorSet
+from cna_vllm.steering.vectors import VectorSet
 from tests import tiny_models
 from tests.forked_cli import run_lives
 from tests.oracles import Arm, HookedModel, assert_token_exact

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cna_vllm.circuit import Neuron
 from cna_vllm.discovery import select_neurons
-from cna_vllm.vectors import FORMS, RESIDUAL_ARCHITECTURES
+from cna_vllm.steering.circuit import Neuron
+from cna_vllm.steering.vectors import FORMS, RESIDUAL_ARCHITECTURES
 from tests import tiny_models
 from tests.architectures import ARCHITECTURES
 from tests.engine_job import V1, V1_HERE, V2, EngineFailed, run_engine

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from cna_vllm import Circuit
-from cna_vllm.bake import bake
+from cna_vllm.checkpoints.bake import bake
 from tests import tiny_models
 from tests.engine_job import V1_HERE, run_engine
 from tests.integration.conftest import PLAIN, Subject

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cna_vllm.circuit import Circuit
+from cna_vllm.steering.circuit import Circuit
 from tests import core_client, tiny_models
 from tests.integration.conftest import PLAIN, Subject
 from tests.oracles import assert_token_exact

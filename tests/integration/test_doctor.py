@@ -24,10 +24,10 @@ def spoil(worker):
     modules = worker.model_runner.get_model().modules()
     masks = [m for m in modules if isinstance(m, activation.SteeredActAndMul)][2].masks
     sound = activation.act_and_mul_scaled
-    def wrong(x, row_arm, *rest):
-        out = sound(x, row_arm, *rest)
+    def wrong(x, row_slot, *rest):
+        out = sound(x, row_slot, *rest)
         if rest[2].data_ptr() == masks.data_ptr():
-            out[row_arm[: len(x)] >= 0] *= 1.0001
+            out[row_slot[: len(x)] >= 0] *= 1.0001
         return out
     activation.act_and_mul_scaled = wrong
 

@@ -19,10 +19,10 @@ import torch
 from transformers import AutoTokenizer
 
 from cna_vllm import Circuit
+from cna_vllm.checkpoints.models import default_model_path
 from cna_vllm.evaluation.metrics import Answer, load_metric, score_answers
 from cna_vllm.evaluation.paper.settings import PARTS
-from cna_vllm.models import default_model_path
-from cna_vllm.vectors import VectorSet
+from cna_vllm.steering.vectors import VectorSet
 from tests import paper_fixtures
 from tests.forked_cli import run_lives
 from tests.openai_endpoint import GRADES, Endpoint, Reply, serving

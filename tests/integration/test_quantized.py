@@ -173,14 +173,14 @@ def rows(worker):
 
     mlp = worker.model_runner.get_model().model.layers[1].mlp
     hook, down = mlp.act_fn, mlp.down_proj
-    routing = hook.row_arm[:6], hook.arm_circuits[:2, 0], hook.arm_multipliers[:2, 0]
+    routing = hook.row_slot[:6], hook.slot_circuits[:2, 0], hook.slot_multipliers[:2, 0]
     before = [tensor.clone() for tensor in routing]
     try:
         for multipliers in ((0.0, 0.37), (2.0, -1.0), (1.0, 1.5)):
             for tensor, values in zip(routing, ((-1, 0, 1, -1, 0, 1), (0, 0), multipliers)):
                 tensor.copy_(torch.tensor(values))
             x, _ = mlp.gate_up_proj(torch.randn(6, 64, dtype=torch.bfloat16))
-            operands = hook.row_arm, hook.arm_circuits, hook.arm_multipliers, hook.masks
+            operands = hook.row_slot, hook.slot_circuits, hook.slot_multipliers, hook.masks
             unfused = act_and_mul_scaled(x, *operands, "silu")
             wanted, _ = down.scheme.fp8_linear.quant_fp8(unfused, down.input_scale)
             stock = maybe_fused_act_quant(SiluAndMul(), x, down)

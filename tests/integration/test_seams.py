@@ -193,8 +193,8 @@ def test_routes_of_a_text_generation_server() -> None:
     from vllm.entrypoints.launchers.app import build_app
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from cna_vllm.misplaced import OWN_DATA, first_sign
     from cna_vllm.serving.front.guard import PLACES
+    from cna_vllm.steering.misplaced import OWN_DATA, first_sign
 
     cli_args = importlib.import_module(
         "vllm.entrypoints.common.cli_args"

@@ -19,9 +19,9 @@ BITS: Final = {
 
 
 class Tables(NamedTuple):
-    row_arm: Tensor
-    arm_circuits: Tensor
-    arm_multipliers: Tensor
+    row_slot: Tensor
+    slot_circuits: Tensor
+    slot_multipliers: Tensor
     masks: Tensor
 
 
@@ -53,26 +53,26 @@ def make_masks(width: int, seed: int = 0) -> Tensor:
     )
 
 
-def make_row_arm(routing: str, rows: int, arms: int) -> Tensor:
-    """int32 row_arm; "padded" is longer than rows, with indices past T that no table has."""
+def make_row_slot(routing: str, rows: int, slots: int) -> Tensor:
+    """int32 row_slot; "padded" is longer than rows, with indices past T that no table has."""
     match routing:
         case "none":
-            row_arm = [-1] * rows
+            row_slot = [-1] * rows
         case "identical":
-            row_arm = [1] * rows
+            row_slot = [1] * rows
         case "distinct":
-            row_arm = [row % arms for row in range(rows)]
+            row_slot = [row % slots for row in range(rows)]
         case "skewed":
-            row_arm = [0 if row % 4 else (row // 4) % (arms + 1) - 1 for row in range(rows)]
+            row_slot = [0 if row % 4 else (row // 4) % (slots + 1) - 1 for row in range(rows)]
         case "padded":
-            row_arm = [row % (arms + 1) - 1 for row in range(rows)] + [1 << 30] * 5
+            row_slot = [row % (slots + 1) - 1 for row in range(rows)] + [1 << 30] * 5
         case _:
             raise ValueError(routing)
-    return torch.tensor(row_arm, dtype=torch.int32)
+    return torch.tensor(row_slot, dtype=torch.int32)
 
 
 def make_tables(width: int, routing: str, rows: int) -> Tables:
-    """Six arms of four slots: holes anywhere, overlapping circuits, every one of MULTIPLIERS."""
+    """Six slots of four entries: holes anywhere, overlapping circuits, every one of MULTIPLIERS."""
     circuits = [
         [-1, 0, -1, 1],
         [0, 1, -1, -1],
@@ -85,7 +85,7 @@ def make_tables(width: int, routing: str, rows: int) -> Tables:
     multipliers = multipliers.roll(1, 0)
     multipliers[3] = torch.tensor([0.1, 1.7, -0.3, 1.1])
     return Tables(
-        make_row_arm(routing, rows, len(circuits)),
+        make_row_slot(routing, rows, len(circuits)),
         torch.tensor(circuits, dtype=torch.int32),
         multipliers.contiguous(),
         make_masks(width),
@@ -106,20 +106,20 @@ def make_x(
 
 
 class VectorTables(NamedTuple):
-    row_arm: Tensor
-    arm_vectors: Tensor
-    arm_coefficients: Tensor
+    row_slot: Tensor
+    slot_vectors: Tensor
+    slot_coefficients: Tensor
     vectors: Tensor
 
 
 def make_vectors(width: int, routing: str, rows: int) -> VectorTables:
-    """Six arms of two slots: none, either, both, the same vector twice; every sign."""
+    """Six slots of two entries: none, either, both, the same vector twice; every sign."""
     generator = torch.Generator().manual_seed(width)
-    arm_vectors = [[0, -1], [2, 1], [-1, -1], [-1, 2], [1, 1], [0, 2]]
+    slot_vectors = [[0, -1], [2, 1], [-1, -1], [-1, 2], [1, 1], [0, 2]]
     coefficients = [[1.0, 7.0], [-0.3, 1.7], [3.0, 5.0], [9.0, -1.0], [0.1, 1e4], [0.0, -0.0]]
     return VectorTables(
-        make_row_arm(routing, rows, len(arm_vectors)),
-        torch.tensor(arm_vectors, dtype=torch.int32),
+        make_row_slot(routing, rows, len(slot_vectors)),
+        torch.tensor(slot_vectors, dtype=torch.int32),
         torch.tensor(coefficients),
         torch.randn(3, width, generator=generator),
     )
@@ -131,15 +131,15 @@ def make_hidden(width: int, rows: int, dtype: torch.dtype, *, pad: int = 0) -> T
 
 
 def inside_circuits(tables: Tables, rows: int, width: int) -> Tensor:
-    """bool [rows, width]: whether a circuit of the row's arm holds the channel."""
-    zeroing = tables._replace(arm_multipliers=torch.zeros_like(tables.arm_multipliers))
+    """bool [rows, width]: whether a circuit of the row's slot holds the channel."""
+    zeroing = tables._replace(slot_multipliers=torch.zeros_like(tables.slot_multipliers))
     return scale_reference(torch.ones(rows, width), *zeroing) == 0
 
 
 def overflow_case(
-    dtype: torch.dtype, rows: int, width: int, arms: int, seed: int
+    dtype: torch.dtype, rows: int, width: int, slots: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states, some rows of which are not finite or all zero, and a longer row_arm."""
+    """Hidden states, some rows of which are not finite or all zero, and a longer row_slot."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, width, generator=generator)
     special = (float("inf"), float("-inf"), float("nan"))
@@ -149,8 +149,8 @@ def overflow_case(
                 hidden[row, int(torch.randint(width, (1,), generator=generator))] = special[n]
             case 3:
                 hidden[row] = 0.0
-    row_arm = torch.randint(-2, arms, (rows + 2,), generator=generator, dtype=torch.int32)
-    return hidden.to(dtype), row_arm.clamp(min=-1)
+    row_slot = torch.randint(-2, slots, (rows + 2,), generator=generator, dtype=torch.int32)
+    return hidden.to(dtype), row_slot.clamp(min=-1)
 
 
 class Ahead(NamedTuple):
@@ -169,6 +169,6 @@ def make_ahead(width: int, routing: str, rows: int, dtype: torch.dtype) -> Ahead
     tables = make_tables(width, routing, rows)
     if routing != "skewed":
         common = torch.tensor([0.0, 1.0, 2.0, 0.37, -1.0, 1.5])
-        tables = tables._replace(arm_multipliers=common[torch.arange(24).reshape(6, 4) * 5 % 6])
+        tables = tables._replace(slot_multipliers=common[torch.arange(24).reshape(6, 4) * 5 % 6])
     factor = scale_reference(torch.ones(rows, width), *tables)
     return Ahead(make_x(width, rows, dtype, hostile=True, pad=3), tables, factor != 1)

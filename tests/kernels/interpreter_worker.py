@@ -165,7 +165,7 @@ def check_steered(case: Case) -> None:
     """Steering is exactly scale_reference of the kernel's own unsteered output."""
     x = make_x(case.width, ROWS, case.dtype, hostile=True, pad=3)
     tables = make_tables(case.width, case.routing, ROWS)
-    idle = tables._replace(row_arm=torch.full((ROWS,), -1, dtype=torch.int32))
+    idle = tables._replace(row_slot=torch.full((ROWS,), -1, dtype=torch.int32))
     plain = act_and_mul_scaled(x, *idle, case.activation)
     out = act_and_mul_scaled(x, *tables, case.activation)
     assert same(out, scale_reference(plain, *tables)), "steered output"
@@ -181,11 +181,11 @@ def check_vectors(dtype: torch.dtype, width: int, routing: str) -> None:
 
 
 def check_overflow(dtype: torch.dtype, width: int, seed: int) -> None:
-    """The same arms are marked as by the reference, and nothing else is written."""
-    hidden, row_arm = overflow_case(dtype, 9, width, ROWS, seed)
+    """The same slots are marked as by the reference, and nothing else is written."""
+    hidden, row_slot = overflow_case(dtype, 9, width, ROWS, seed)
     marks, expected = (torch.arange(ROWS, dtype=torch.int32) for _ in range(2))
-    mark_overflow(hidden, row_arm, marks, 77)
-    mark_overflow_reference(hidden, row_arm, expected, 77)
+    mark_overflow(hidden, row_slot, marks, 77)
+    mark_overflow_reference(hidden, row_slot, expected, 77)
     assert torch.equal(marks, expected), f"{marks.tolist()}, not {expected.tolist()}"
 
 
@@ -195,7 +195,7 @@ def check_ahead(dtype: torch.dtype, activation: str, width: int, routing: str) -
     ahead = make_ahead(width, routing, ROWS, dtype)
     x = ahead.x.clone()
     steer_gate_up(ahead.x, *ahead.tables, activation)
-    idle = ahead.tables._replace(row_arm=torch.full((ROWS,), -1, dtype=torch.int32))
+    idle = ahead.tables._replace(row_slot=torch.full((ROWS,), -1, dtype=torch.int32))
     expected = act_and_mul_scaled(x, *ahead.tables, activation)
     assert same(act_and_mul_scaled(ahead.x, *idle, activation), expected), "steered rows"
     gate, up = ahead.x.chunk(2, 1)

@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from cna_kernels import DTYPES, add_vectors, add_vectors_reference
 from cna_kernels.add_vectors import BLOCK, add_vectors_kernel
-from tests.kernels.cases import ROUTINGS, bits, make_hidden, make_row_arm, make_vectors, same
+from tests.kernels.cases import ROUTINGS, bits, make_hidden, make_row_slot, make_vectors, same
 
 OP = torch.ops.cna.add_vectors.default
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -53,7 +53,7 @@ def test_equals_reference(dtype: torch.dtype, routing: str, width: int) -> None:
         add_vectors(hidden, *tables)
         add_vectors_reference(expected, *tables)
         assert same(hidden, expected)
-        plain = [r for r in range(rows) if tables.row_arm[r] in (-1, 2)]
+        plain = [r for r in range(rows) if tables.row_slot[r] in (-1, 2)]
         assert torch.equal(bits(hidden[plain]), bits(untouched[plain]))
 
 
@@ -71,9 +71,9 @@ def test_changes_of_the_tables_are_seen() -> None:
     tables = make_vectors(9, "identical", 4)
     for change in (
         lambda: None,
-        lambda: tables.row_arm.copy_(make_row_arm("distinct", 4, 6)),
-        lambda: tables.arm_vectors[0].fill_(2),
-        lambda: tables.arm_coefficients[0].fill_(-3.0),
+        lambda: tables.row_slot.copy_(make_row_slot("distinct", 4, 6)),
+        lambda: tables.slot_vectors[0].fill_(2),
+        lambda: tables.slot_coefficients[0].fill_(-3.0),
         lambda: tables.vectors.mul_(2.0),
     ):
         change()
@@ -105,7 +105,7 @@ def test_compiled_graphs_keep_the_effect() -> None:
     for rows in (2, 7, 12):
         tables, x = make_vectors(9, "distinct", rows), torch.randn(rows, 5)
         assert torch.equal(compiled(x, *tables), layer(x, *tables))
-        plain = tables._replace(row_arm=torch.full((rows,), -1, dtype=torch.int32))
+        plain = tables._replace(row_slot=torch.full((rows,), -1, dtype=torch.int32))
         assert not torch.equal(compiled(x, *tables), compiled(x, *plain))
 
 
@@ -121,9 +121,9 @@ def compile_for(target: GPUTarget, dtype: str) -> Any:
     kernel: Any = add_vectors_kernel
     signature = {
         "hidden_ptr": f"*{dtype}",
-        "row_arm_ptr": "*i32",
-        "arm_vectors_ptr": "*i32",
-        "arm_coefficients_ptr": "*fp32",
+        "row_slot_ptr": "*i32",
+        "slot_vectors_ptr": "*i32",
+        "slot_coefficients_ptr": "*fp32",
         "vectors_ptr": "*fp32",
         "row_stride": "i32",
         "size": "i32",

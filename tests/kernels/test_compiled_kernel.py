@@ -68,4 +68,4 @@ def test_table_alignment_selects_no_variant() -> None:
     fixed = {
         parameter.name for parameter in kernel.params if parameter.do_not_specialize_on_alignment
     }
-    assert fixed == {"row_arm_ptr", "arm_circuits_ptr", "arm_multipliers_ptr", "masks_ptr"}
+    assert fixed == {"row_slot_ptr", "slot_circuits_ptr", "slot_multipliers_ptr", "masks_ptr"}

@@ -25,7 +25,7 @@ def assert_reference(x: torch.Tensor, tables: Tables, activation: str) -> None:
     assert out.is_contiguous()
     assert same(out, expected)
     outside = ~inside_circuits(tables, *out.shape)
-    idle = tables._replace(row_arm=torch.full_like(tables.row_arm, -1))
+    idle = tables._replace(row_slot=torch.full_like(tables.row_slot, -1))
     plain = act_and_mul_scaled_reference(x, *idle, activation)
     assert torch.equal(bits(out[outside]), bits(plain[outside]))
 
@@ -62,8 +62,8 @@ def test_blocks_of_rows_and_arms(
 def test_zero_multiplier_writes_positive_zero(dtype: torch.dtype, multiplier: float) -> None:
     x = make_x(33, 7, dtype, hostile=True)
     tables = make_tables(33, "identical", 7)
-    tables.arm_circuits[1] = torch.tensor([-1, -1, 2, -1])
-    tables.arm_multipliers[1] = multiplier
+    tables.slot_circuits[1] = torch.tensor([-1, -1, 2, -1])
+    tables.slot_multipliers[1] = multiplier
     assert not bits(act_and_mul_scaled(x, *tables, "gelu")).any()
 
 

@@ -20,11 +20,11 @@ ARMS = 5
     st.integers(0, 2**31 - 1),
 )
 def test_equals_the_reference(dtype: torch.dtype, rows: int, width: int, seed: int) -> None:
-    hidden, row_arm = overflow_case(dtype, rows, width, ARMS, seed)
+    hidden, row_slot = overflow_case(dtype, rows, width, ARMS, seed)
     marks = torch.arange(ARMS, dtype=torch.int32)
     expected = marks.clone()
-    mark_overflow_reference(hidden, row_arm, expected, 77)
-    mark_overflow(hidden, row_arm, marks, 77)
+    mark_overflow_reference(hidden, row_slot, expected, 77)
+    mark_overflow(hidden, row_slot, marks, 77)
     assert torch.equal(marks, expected)
 
 

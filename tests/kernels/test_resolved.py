@@ -13,9 +13,9 @@ def operands() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         "x": torch.randn(ROWS, 2 * SIZE, generator=generator),
-        "row_arm": torch.tensor([0, -1, 1, 0, -1, 1, 9, 9], dtype=torch.int32),
-        "arm_circuits": torch.tensor([[0, -1], [1, 0]], dtype=torch.int32),
-        "arm_multipliers": torch.tensor([[2.0, 1.0], [0.5, -1.0]]),
+        "row_slot": torch.tensor([0, -1, 1, 0, -1, 1, 9, 9], dtype=torch.int32),
+        "slot_circuits": torch.tensor([[0, -1], [1, 0]], dtype=torch.int32),
+        "slot_multipliers": torch.tensor([[2.0, 1.0], [0.5, -1.0]]),
         "masks": torch.stack([pack_mask(range(0, 20), SIZE), pack_mask(range(10, 30), SIZE)]),
     }
 
@@ -34,10 +34,10 @@ def check(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     ("name", "change"),
     [
         ("x", lambda t: t.neg_()),
-        ("row_arm", lambda t: t[:2].copy_(torch.tensor([-1, 1]))),
-        ("row_arm", lambda t: t.fill_(-1)),
-        ("arm_circuits", lambda t: t[0].copy_(torch.tensor([1, -1]))),
-        ("arm_multipliers", lambda t: t[1].fill_(0.0)),
+        ("row_slot", lambda t: t[:2].copy_(torch.tensor([-1, 1]))),
+        ("row_slot", lambda t: t.fill_(-1)),
+        ("slot_circuits", lambda t: t[0].copy_(torch.tensor([1, -1]))),
+        ("slot_multipliers", lambda t: t[1].fill_(0.0)),
         ("masks", lambda t: t[0].zero_()),
     ],
 )
@@ -74,14 +74,14 @@ def test_other_tensors_at_an_old_address_are_seen() -> None:
     """Freed and allocated again, as a restarted engine does; versions start anew too."""
     for multiplier in (2.0, 3.0, 0.0, 5.0):
         tensors = operands()
-        tensors["arm_multipliers"] = torch.full((2, 2), multiplier)
+        tensors["slot_multipliers"] = torch.full((2, 2), multiplier)
         check(tensors)
 
 
 def test_tensors_without_versions_are_resolved_each_time() -> None:
     with torch.inference_mode():
         tensors = operands()
-        assert tensors["row_arm"].is_inference()
+        assert tensors["row_slot"].is_inference()
         before = check(tensors)
-        tensors["arm_multipliers"].numpy()[:] = 4.0
+        tensors["slot_multipliers"].numpy()[:] = 4.0
         assert not torch.equal(before, check(tensors))

@@ -44,7 +44,7 @@ def test_what_follows_computes_the_steered_rows(
         assert same(unrounded[changed], expected.float()[changed])
         kept = ~changed.repeat(1, 2)
         assert torch.equal(bits(ahead.x)[kept], bits(x)[kept])
-        assert not bool(changed[ahead.tables.row_arm[:rows] < 0].any())
+        assert not bool(changed[ahead.tables.row_slot[:rows] < 0].any())
 
 
 def test_rows_over_the_size_of_a_temporary() -> None:
@@ -87,7 +87,7 @@ def test_compiled_graphs_keep_the_effect() -> None:
     for rows in (2, 7, 12):
         tables, hidden = make_tables(33, "distinct", rows), torch.randn(rows, 16)
         assert torch.equal(compiled(hidden, *tables), mlp(hidden, *tables))
-        idle = tables._replace(row_arm=torch.full((rows,), -1, dtype=torch.int32))
+        idle = tables._replace(row_slot=torch.full((rows,), -1, dtype=torch.int32))
         assert not torch.equal(compiled(hidden, *tables), compiled(hidden, *idle))
 
 
@@ -127,7 +127,7 @@ def test_quantized_rows(quantizers: list[Any], dtype: torch.dtype, routing: str)
     unfused = act_and_mul_scaled(x, *tables, "silu")
     steer_gate_up(x, *tables, "silu")
     ahead = SiluAndMul.forward_native(x)
-    plain = tables.row_arm[:20] < 0
+    plain = tables.row_slot[:20] < 0
     for quantize, scale in quantizers:
         (found, found_scale), (wanted, wanted_scale), (own, own_scale) = (
             quantize.forward_native(rows, scale) for rows in (ahead, unfused, stock)
@@ -143,9 +143,9 @@ def compile_for(target: GPUTarget, dtype: str, activation: str) -> Any:
     kernel: Any = steer_gate_up_kernel
     signature = {
         "x_ptr": f"*{dtype}",
-        "row_arm_ptr": "*i32",
-        "arm_circuits_ptr": "*i32",
-        "arm_multipliers_ptr": "*fp32",
+        "row_slot_ptr": "*i32",
+        "slot_circuits_ptr": "*i32",
+        "slot_multipliers_ptr": "*fp32",
         "masks_ptr": "*u8",
         "x_row_stride": "i32",
         "size": "i32",

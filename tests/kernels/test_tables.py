@@ -17,13 +17,16 @@ def test_valid_tables_pass() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"row_arm": torch.zeros(3, dtype=torch.int64)}, "row_arm must be torch.int32"),
-        ({"row_arm": torch.tensor([6], dtype=torch.int32)}, "row_arm must hold"),
-        ({"row_arm": torch.zeros(8, dtype=torch.int32)[::2]}, "row_arm must be contiguous"),
-        ({"arm_circuits": torch.full((6, 4), 5, dtype=torch.int32)}, "arm_circuits must hold"),
-        ({"arm_circuits": torch.full((6, 4), -2, dtype=torch.int32)}, "arm_circuits must hold"),
-        ({"arm_multipliers": torch.zeros(6, 3)}, "arm_multipliers must have the shape"),
-        ({"arm_multipliers": torch.zeros(6, 4).double()}, "arm_multipliers must be torch.float32"),
+        ({"row_slot": torch.zeros(3, dtype=torch.int64)}, "row_slot must be torch.int32"),
+        ({"row_slot": torch.tensor([6], dtype=torch.int32)}, "row_slot must hold"),
+        ({"row_slot": torch.zeros(8, dtype=torch.int32)[::2]}, "row_slot must be contiguous"),
+        ({"slot_circuits": torch.full((6, 4), 5, dtype=torch.int32)}, "slot_circuits must hold"),
+        ({"slot_circuits": torch.full((6, 4), -2, dtype=torch.int32)}, "slot_circuits must hold"),
+        ({"slot_multipliers": torch.zeros(6, 3)}, "slot_multipliers must have the shape"),
+        (
+            {"slot_multipliers": torch.zeros(6, 4).double()},
+            "slot_multipliers must be torch.float32",
+        ),
         ({"masks": torch.zeros(5, 4, dtype=torch.uint8)}, "masks must have 5 bytes"),
         ({"masks": torch.zeros(5, dtype=torch.uint8)}, "masks must be torch.uint8 with 2"),
         ({"masks": torch.zeros(5, 5, dtype=torch.uint8, device="meta")}, "masks must be on cpu"),

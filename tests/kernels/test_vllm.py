@@ -38,7 +38,7 @@ def test_unsteered_rows_are_vllm(
     expected = forward_native[activation](x)
     tables = make_tables(width, "skewed", rows)
     out = act_and_mul_scaled(x, *tables, activation)
-    unsteered = tables.row_arm[:rows] < 0
+    unsteered = tables.row_slot[:rows] < 0
     assert torch.equal(bits(out[unsteered]), bits(expected[unsteered]))
-    idle = tables._replace(row_arm=torch.full((rows,), -1, dtype=torch.int32))
+    idle = tables._replace(row_slot=torch.full((rows,), -1, dtype=torch.int32))
     assert torch.equal(bits(act_and_mul_scaled(x, *idle, activation)), bits(expected))

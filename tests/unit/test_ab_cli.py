@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from cna_vllm import Circuit, Neuron
-from cna_vllm.arms import Arm
 from cna_vllm.cli import main
 from cna_vllm.cli.ab_options import arms_of, flags, parser, steering_of
 from cna_vllm.evaluation.ab import compare
@@ -20,7 +19,8 @@ from cna_vllm.evaluation.answers import collect
 from cna_vllm.evaluation.metrics import load_metric
 from cna_vllm.evaluation.outcomes import Analysis
 from cna_vllm.evaluation.result import MetricInfo
-from cna_vllm.vectors import VectorSet
+from cna_vllm.steering.arms import Arm
+from cna_vllm.steering.vectors import VectorSet
 from tests.simulated_ab import ARMS, describe, prompt_sets, rows
 
 AB = "ab m --circuit f=c.json --multiplier 0 --prompts p.txt --metric length --out o"

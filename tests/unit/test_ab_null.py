@@ -13,11 +13,11 @@ import random
 import pytest
 from scipy import stats
 
-from cna_vllm.arms import parse_arm
 from cna_vllm.evaluation.ab import evaluate, load_metrics
 from cna_vllm.evaluation.answers import collect
 from cna_vllm.evaluation.outcomes import Analysis
 from cna_vllm.evaluation.result import Result
+from cna_vllm.steering.arms import parse_arm
 from tests.simulated_ab import REFUSAL, describe, prompt_sets
 
 RUNS, PROMPTS, LEVEL, CERTAINTY = 200, 40, 0.05, 0.999

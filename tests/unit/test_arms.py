@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cna_vllm.arms import Arm, check_names, parse_arm
-from cna_vllm.request import SteeringError, steer, steer_vector
+from cna_vllm.steering.arms import Arm, check_names, parse_arm
+from cna_vllm.steering.request import SteeringError, steer, steer_vector
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import cna_vllm.bake
+import cna_vllm.checkpoints.bake
 from cna_vllm import Circuit, CircuitError, Neuron
-from cna_vllm.bake import RECORD, BakeError, bake
-from cna_vllm.checkpoint import CheckpointError
+from cna_vllm.checkpoints.bake import RECORD, BakeError, bake
+from cna_vllm.checkpoints.checkpoint import CheckpointError
 from tests import checkpoints, tiny_models
 from tests.architectures import ARCHITECTURES
 from tests.oracles import Arm, HookedModel
@@ -75,7 +75,9 @@ def test_ablation_writes_plus_zero_even_over_nan(tmp_path: Path) -> None:
 def test_blocks_of_rows_join_seamlessly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named = checkpoints.tensors(dtype=torch.bfloat16)
     source = checkpoints.write(tmp_path / "m", named)
-    monkeypatch.setattr(cna_vllm.bake, "_BLOCK", 3 * 2 * checkpoints.WIDTH)  # three rows
+    monkeypatch.setattr(
+        cna_vllm.checkpoints.bake, "_BLOCK", 3 * 2 * checkpoints.WIDTH
+    )  # three rows
     bake(str(source), checkpoints.circuit(), 2.0, tmp_path / "baked")
     wanted = scaled(named, checkpoints.circuit(), 2.0)
     assert all(bits(t) == bits(wanted[n]) for n, t in load(tmp_path / "baked").items())

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cna_vllm.arms import Arm, parse_arm
 from cna_vllm.batch.plan import digests, plan
 from cna_vllm.batch.reading import BatchPrompt
-from cna_vllm.prompts import Prompt, PromptError
+from cna_vllm.steering.arms import Arm, parse_arm
+from cna_vllm.text.prompts import Prompt, PromptError
 
 ARMS = [parse_arm("plain"), parse_arm("off=f@0"), parse_arm("f@2:all")]
 GREEDY = {"temperature": 0.0}

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from cna_vllm.arms import Arm
 from cna_vllm.batch.reading import BatchPrompt, read_batch
-from cna_vllm.prompts import PromptError
+from cna_vllm.steering.arms import Arm
+from cna_vllm.text.prompts import PromptError
 
 TURN = {"role": "user", "content": "Hi"}
 

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from cna_vllm.arms import parse_arm
 from cna_vllm.batch import runner, sampling
 from cna_vllm.batch.partial import BatchError, partial_path
 from cna_vllm.batch.plan import Request, plan
 from cna_vllm.batch.reading import BatchPrompt
 from cna_vllm.batch.runner import rows_done, run_batch
-from cna_vllm.prompts import Prompt, PromptError
+from cna_vllm.steering.arms import parse_arm
+from cna_vllm.text.prompts import Prompt, PromptError
 from tests import tiny_models
 
 ARMS = [parse_arm("plain"), parse_arm("off=f@0")]

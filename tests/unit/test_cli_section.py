@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from cna_vllm import Circuit, Neuron
-from cna_vllm.arms import parse_arm, parse_steering
 from cna_vllm.cli import main, serve
 from cna_vllm.cli.engine_args import add_section, parse_engine_args
-from cna_vllm.request import SteeringError
+from cna_vllm.steering.arms import parse_arm, parse_steering
+from cna_vllm.steering.request import SteeringError
 
 
 def circuit(index: int) -> Circuit:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from cna_vllm.circuit import Circuit
 from cna_vllm.discovery.contrast import SIGNS, Sign, circuit_size, select_neurons
+from cna_vllm.steering.circuit import Circuit
 
 Deltas = NDArray[np.float64]
 

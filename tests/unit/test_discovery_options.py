@@ -10,7 +10,7 @@ import pytest
 from cna_vllm.discovery.options import Method, resolve
 from cna_vllm.discovery.prefill import Dimensions, DiscoveryError
 from cna_vllm.discovery.universal import UniversalRule
-from cna_vllm.prompts import Prompt
+from cna_vllm.text.prompts import Prompt
 
 SIZE = Dimensions(10, 1000)
 DEFAULTS: dict[str, Any] = {

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cna_vllm.circuit import Circuit, CircuitError, Neuron
 from cna_vllm.discovery.contrast import select_neurons
 from cna_vllm.discovery.control import random_control
 from cna_vllm.discovery.prefill import Dimensions
 from cna_vllm.discovery.sets import SetRows, mean_difference, split
 from cna_vllm.discovery.stability import bootstrap, mean_signed_activation, separation
+from cna_vllm.steering.circuit import Circuit, CircuitError, Neuron
 
 SIZE = Dimensions(3, 6)
 CIRCUIT = Circuit("m", "A", 3, 6, (Neuron(0, 1, 2.0), Neuron(2, 5, -0.5), Neuron(2, 0, 1.0)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cna_vllm.misplaced import (
+from cna_vllm.steering.misplaced import (
     EXTRA_ARGS,
     OWN_DATA,
     XARGS,

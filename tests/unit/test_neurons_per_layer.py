@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cna_vllm.models import ModelError, model_dimensions, neurons_per_layer
+from cna_vllm.checkpoints.models import ModelError, model_dimensions, neurons_per_layer
 from cna_vllm.serving.seams.model import served_model
 from cna_vllm.serving.worker.gated_mlp import UnsupportedModelError
 from tests import tiny_models

@@ -14,7 +14,7 @@ from cna_vllm.evaluation.paper.published import compliance_gain, published
 from cna_vllm.evaluation.paper.rows import Row, notes, table
 from cna_vllm.evaluation.paper.settings import EvalError, Settings
 from cna_vllm.evaluation.paper.study import claim
-from cna_vllm.prompts import Prompt, PromptError
+from cna_vllm.text.prompts import Prompt, PromptError
 from tests import paper_fixtures
 
 ENGINE = {"dtype": "float32"}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cna_vllm.cli.demo import packaged
-from cna_vllm.prompts import Prompt, PromptError, prompts_digest, read_prompts
+from cna_vllm.text.prompts import Prompt, PromptError, prompts_digest, read_prompts
 
 TURN = {"role": "user", "content": "Hi"}
 

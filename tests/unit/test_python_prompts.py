@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from cna_vllm import Circuit, Neuron, SteeringError, steer, steer_vector
-from cna_vllm.arms import Arm
 from cna_vllm.batch.plan import plan
 from cna_vllm.discovery.options import _universal
 from cna_vllm.discovery.prefill import DiscoveryError, as_prompts
 from cna_vllm.evaluation.answers import PromptSet
-from cna_vllm.prompts import Prompt, PromptError, prompts_of
-from cna_vllm.rendering import render, templated
-from cna_vllm.vectors import VectorSet
+from cna_vllm.steering.arms import Arm
+from cna_vllm.steering.vectors import VectorSet
+from cna_vllm.text.prompts import Prompt, PromptError, prompts_of
+from cna_vllm.text.rendering import render, templated
 
 CHAT = [{"role": "user", "content": "hi"}]
 

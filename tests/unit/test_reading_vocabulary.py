@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, CohereConfig
 
 from cna_vllm import Neuron
-from cna_vllm.checkpoint import CheckpointError, open_checkpoint
+from cna_vllm.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from cna_vllm.reading.vocabulary import Reading, load_tokenizer, read_neurons
 from tests import checkpoints, tiny_models
 from tests.architectures import ARCHITECTURES, COMMON

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cna_vllm import SteeringError, steer, steer_vector
-from cna_vllm.request import SCOPES, CircuitRequest, Steering, resolve
+from cna_vllm.steering.request import SCOPES, CircuitRequest, Steering, resolve
 
 
 def parse(extra_args: Any) -> CircuitRequest | None:

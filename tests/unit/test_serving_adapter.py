@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from cna_vllm.cli.serve import plugins_with_ours
-from cna_vllm.request import SteeringError
 from cna_vllm.serving.front.adapter import Adapter
+from cna_vllm.steering.request import SteeringError
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cna_vllm import steer
-from cna_vllm.circuit import Circuit, CircuitError, Neuron
-from cna_vllm.request import SCOPES, SteeringError
 from cna_vllm.serving.config import SECRET_VARIABLE, CnaConfig, CnaConfigError
 from cna_vllm.serving.front.adapter import Adapter
 from cna_vllm.serving.front.admission import (
@@ -26,6 +24,8 @@ from cna_vllm.serving.front.admission import (
     refuse_without_config,
 )
 from cna_vllm.serving.front.registry import Registry, ServedModel
+from cna_vllm.steering.circuit import Circuit, CircuitError, Neuron
+from cna_vllm.steering.request import SCOPES, SteeringError
 
 OTHERS = {"other": [1, {"deep": 2}], "c": {"na": 1}, "scope": 2}
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cna_vllm import steer
-from cna_vllm.circuit import Circuit, Neuron
-from cna_vllm.request import SCOPES
 from cna_vllm.serving.config import CnaConfig
 from cna_vllm.serving.core.cache_keys import steering_key
 from cna_vllm.serving.front.admission import Admission
 from cna_vllm.serving.front.registry import Registry, ServedModel
+from cna_vllm.steering.circuit import Circuit, Neuron
+from cna_vllm.steering.request import SCOPES
 
 
 def block_key(extra_args: Any, prompt_len: int, end: int) -> tuple[str, str] | None:

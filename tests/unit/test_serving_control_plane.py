@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from cna_vllm.circuit import Circuit, Neuron
-from cna_vllm.packed import Packed
 from cna_vllm.serving.config import CircuitTableError, CnaConfig, CnaConfigError
 from cna_vllm.serving.front.admission import Admission
 from cna_vllm.serving.front.registry import Registry, ServedModel
 from cna_vllm.serving.front.store import RegistryStore
 from cna_vllm.serving.http.control_plane import ControlError, ControlPlane
 from cna_vllm.serving.worker.table import CircuitTable
-from cna_vllm.vectors import VectorSet
+from cna_vllm.steering.circuit import Circuit, Neuron
+from cna_vllm.steering.packed import Packed
+from cna_vllm.steering.vectors import VectorSet
 
 LAYERS, WIDTH = 2, 64
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from cna_vllm.packed import Packed
-from cna_vllm.request import RESOLVED_FIELD, Steering
 from cna_vllm.serving.config import CircuitTableError
 from cna_vllm.serving.core.ledger import Ledger
 from cna_vllm.serving.seal import Seal, deployment_secret
 from cna_vllm.serving.seams import engine_core
 from cna_vllm.serving.seams.engine_core import ResidentContent
+from cna_vllm.steering.packed import Packed
+from cna_vllm.steering.request import RESOLVED_FIELD, Steering
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from cna_vllm.request import Steering
 from cna_vllm.serving.core.ledger import Ledger
 from cna_vllm.serving.step_report import SentReport, SteeredRows, StepReport
+from cna_vllm.steering.request import Steering
 
 DIGEST = "a" * 64
 
@@ -82,8 +82,8 @@ def test_shared_blocks_wait_for_their_last_user() -> None:
 
 def test_a_report_reads_only_marks_of_its_step_and_crosses_processes() -> None:
     """Also beside requests that are plain or whose rows of the step are not steered."""
-    names, arms, counts = ("plain", "a", "b", "c", "d"), [-1, 2, 0, 1, 3], [0, 1, 2, 3, 0]
-    rows = SteeredRows(names, np.array(arms), np.array(counts))
+    names, slots, counts = ("plain", "a", "b", "c", "d"), [-1, 2, 0, 1, 3], [0, 1, 2, 3, 0]
+    rows = SteeredRows(names, np.array(slots), np.array(counts))
     told = StepReport(rows, torch.tensor([7, 6, 7, 7], dtype=torch.int32), 7)
     sent = pickle.loads(pickle.dumps(told))
     for seen in (told, sent):

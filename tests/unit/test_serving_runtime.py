@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cna_vllm.circuit import Circuit, Neuron
-from cna_vllm.request import Steering
 from cna_vllm.serving.config import CnaConfig
 from cna_vllm.serving.worker.gated_mlp import GatedMlp, UnsupportedModelError
 from cna_vllm.serving.worker.runtime import SteeringRuntime
+from cna_vllm.steering.circuit import Circuit, Neuron
+from cna_vllm.steering.request import Steering
 
 HIDDEN, WIDTH, LAYERS = 6, 13, 3
 
@@ -122,9 +122,9 @@ def test_every_row_of_a_mixed_batch() -> None:
 def test_the_proof_leaves_no_trace() -> None:
     runtime = make_runtime([found(i, Mlp()) for i in range(LAYERS)])
     assert not any(runtime.table.layer_masks(layer).any() for layer in range(LAYERS))
-    assert (runtime.state.row_arm == -1).all()
-    assert (runtime.state.arm_circuits == -1).all()
-    assert (runtime.state.arm_multipliers == 1).all()
+    assert (runtime.state.row_slot == -1).all()
+    assert (runtime.state.slot_circuits == -1).all()
+    assert (runtime.state.slot_multipliers == 1).all()
     assert runtime.status()["circuits"] == []
 
 

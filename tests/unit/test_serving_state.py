@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cna_vllm.circuit import Circuit, Neuron
-from cna_vllm.request import SCOPES, Steering
 from cna_vllm.serving.config import CircuitTableError
 from cna_vllm.serving.worker.state import SteeringState
 from cna_vllm.serving.worker.table import CircuitTable
+from cna_vllm.steering.circuit import Circuit, Neuron
+from cna_vllm.steering.request import SCOPES, Steering
 
 LAYERS, WIDTH, SLOTS, MAX_REQS, MAX_TOKENS = (0, 1), 11, 3, 4, 48
 MULTIPLIERS = (0.0, 0.5, -1.0, 2.0, 1000.0)
@@ -68,17 +68,17 @@ def steered(steering: Steering | None, prompt_len: int, position: int) -> bool:
     }[steering.scope]
 
 
-def factors(state: SteeringState, table: CircuitTable, arm: int) -> np.ndarray:
-    """float32 [layers, WIDTH]: what an arm multiplies every channel by, read from the tables."""
+def factors(state: SteeringState, table: CircuitTable, slot: int) -> np.ndarray:
+    """float32 [layers, WIDTH]: what a slot multiplies every channel by, read from the tables."""
     result = np.ones((len(LAYERS), WIDTH), dtype=np.float32)
-    for slot in range(SLOTS):
-        row = int(state.arm_circuits[arm, slot])
+    for entry in range(SLOTS):
+        row = int(state.slot_circuits[slot, entry])
         if row < 0:
             continue
         for at, layer in enumerate(LAYERS):
             packed = table.layer_masks(layer)[row].numpy()
             held = np.unpackbits(packed, bitorder="little")[:WIDTH].astype(bool)
-            result[at, held] *= np.float32(state.arm_multipliers[arm, slot])
+            result[at, held] *= np.float32(state.slot_multipliers[slot, entry])
     return result
 
 
@@ -235,38 +235,38 @@ class Schedules(RuleBasedStateMachine):
         self.check(batch)
 
     def check(self, batch: list[tuple[str, int, int]]) -> None:
-        arms = self.state.row_arm.tolist()
+        slots = self.state.row_slot.tolist()
         row = 0
-        arm_of: dict[str, int] = {}
+        slot_of: dict[str, int] = {}
         rows: Counter[str] = Counter()
         for req_id, chunk, computed in batch:
             request = self.requests.get(req_id)
             for position in range(computed, computed + chunk):
-                arm = arms[row]
+                slot = slots[row]
                 row += 1
                 if request is None or not steered(request.steering, request.prompt_len, position):
-                    assert arm == -1, (req_id, position)
+                    assert slot == -1, (req_id, position)
                     continue
                 assert request.steering is not None
-                assert 0 <= arm < MAX_REQS, (req_id, position)
-                assert arm_of.setdefault(req_id, arm) == arm
+                assert 0 <= slot < MAX_REQS, (req_id, position)
+                assert slot_of.setdefault(req_id, slot) == slot
                 rows[req_id] += 1
                 for digest, _ in request.steering.pairs:
                     self.counts[digest] += 1
-        assert arms[row:] == [-1] * (MAX_TOKENS - row)
-        assert len(set(arm_of.values())) == len(arm_of)
+        assert slots[row:] == [-1] * (MAX_TOKENS - row)
+        assert len(set(slot_of.values())) == len(slot_of)
         told = self.state.step
         assert (told is not None) == bool(rows)
         if told is not None:
             assert told.rows == rows
-            told_arms = dict(zip(told.req_ids, told.arms.tolist(), strict=True))
-            assert {name: told_arms[name] for name in arm_of} == arm_of
-        for req_id, arm in arm_of.items():
+            told_slots = dict(zip(told.req_ids, told.slots.tolist(), strict=True))
+            assert {name: told_slots[name] for name in slot_of} == slot_of
+        for req_id, slot in slot_of.items():
             steering = self.requests[req_id].steering
             assert steering is not None
-            used = [int(r) for r in self.state.arm_circuits[arm] if r >= 0]
+            used = [int(r) for r in self.state.slot_circuits[slot] if r >= 0]
             assert len(used) == len(steering.pairs)
-            assert np.array_equal(factors(self.state, self.table, arm), expected_factors(steering))
+            assert np.array_equal(factors(self.state, self.table, slot), expected_factors(steering))
 
     @rule()
     def count(self) -> None:
@@ -290,16 +290,16 @@ class Schedules(RuleBasedStateMachine):
             self.state.remove(req_id)
         self.requests.clear()
         self.run([("dummy", 3, 0)])
-        assert (self.state.row_arm == -1).all()
+        assert (self.state.row_slot == -1).all()
         assert [self.table.users(digest) for digest in CIRCUITS] == [0] * len(CIRCUITS)
         assert self.state.steered_tokens() == dict(self.counts)
-        # Every arm index is free again: as many new requests as there are get one each.
+        # Every slot index is free again: as many new requests as there are get one each.
         steering = Steering(((min(CIRCUITS), 0.5),), "all")
         for i in range(MAX_REQS):
             self.state.add(f"new{i}", steering, 1)
             self.requests[f"new{i}"] = Request(steering, 1)
         self.run([(f"new{i}", 1, 0) for i in range(MAX_REQS)])
-        assert sorted(self.state.row_arm[:MAX_REQS].tolist()) == list(range(MAX_REQS))
+        assert sorted(self.state.row_slot[:MAX_REQS].tolist()) == list(range(MAX_REQS))
 
 
 class SuspendingRunner(Schedules):
@@ -333,7 +333,7 @@ def fill(state: SteeringState, *batch: tuple[str, int, int]) -> list[int]:
         np.array([b[1] for b in batch], dtype=np.int32),
         np.array([b[2] for b in batch], dtype=np.int32),
     )
-    return state.row_arm[: sum(b[1] for b in batch)].tolist()
+    return state.row_slot[: sum(b[1] for b in batch)].tolist()
 
 
 def any_steering(scope: str = "last", multiplier: float = 0.0) -> Steering:
@@ -362,9 +362,9 @@ def test_recompute_steers_earlier_output_and_no_other_prompt_row() -> None:
             state.add("a", any_steering(), 3)
         else:
             state.suspend("a")
-        arms = fill(state, ("a", 8, 0))
-        assert arms[:2] == [-1, -1]
-        assert min(arms[2:]) >= 0
+        slots = fill(state, ("a", 8, 0))
+        assert slots[:2] == [-1, -1]
+        assert min(slots[2:]) >= 0
 
 
 def test_ids_match_whole() -> None:
@@ -374,7 +374,7 @@ def test_ids_match_whole() -> None:
 
 
 def test_more_preempted_requests_than_arms() -> None:
-    """All of them come back, in an order that no arm index remembers."""
+    """All of them come back, in an order that no slot index remembers."""
     _, state = make_state(max_reqs=2)
     names = [f"r{i}" for i in range(9)]
     for name in names:
@@ -383,24 +383,24 @@ def test_more_preempted_requests_than_arms() -> None:
         state.suspend(name)
     for left, right in zip(reversed(names), names, strict=True):
         batch = [left] if left == right else [left, right]
-        arms = fill(state, *((name, 1, 0) for name in batch))
-        multipliers = [float(state.arm_multipliers[arm, 0]) for arm in arms]
+        slots = fill(state, *((name, 1, 0) for name in batch))
+        multipliers = [float(state.slot_multipliers[slot, 0]) for slot in slots]
         assert multipliers == [float(name[1:]) + 2 for name in batch]
         for name in batch:
             state.suspend(name)
 
 
-def test_the_same_batch_after_a_preemption_takes_a_new_arm() -> None:
-    """The list of requests is the last step's, yet the arm may since be another request's."""
+def test_the_same_batch_after_a_preemption_takes_a_new_slot() -> None:
+    """The list of requests is the last step's, yet the slot may since be another request's."""
     _, state = make_state(max_reqs=2)
     for name, multiplier in (("a", 2.0), ("b", 0.5)):
         state.add(name, any_steering("all", multiplier), 4)
     fill(state, ("a", 1, 0))
     state.suspend("a")
-    (arm,) = fill(state, ("a", 1, 0))
-    assert fill(state, ("b", 1, 0)) != [arm]
-    assert fill(state, ("a", 1, 1)) == [arm]
-    assert float(state.arm_multipliers[arm, 0]) == 2.0
+    (slot,) = fill(state, ("a", 1, 0))
+    assert fill(state, ("b", 1, 0)) != [slot]
+    assert fill(state, ("a", 1, 1)) == [slot]
+    assert float(state.slot_multipliers[slot, 0]) == 2.0
     assert state.steered_tokens() == {min(CIRCUITS): 4}
 
 
@@ -409,24 +409,24 @@ def test_rows_after_a_shrinking_batch_are_plain() -> None:
     state.add("a", any_steering("all"), 40)
     assert min(fill(state, ("a", 40, 0))) >= 0
     fill(state, ("plain", 1, 5))
-    assert (state.row_arm == -1).all()
+    assert (state.row_slot == -1).all()
     fill(state, ("a", 30, 0))
     state.remove("a")
     fill(state, ("plain", 2, 5))
-    assert (state.row_arm == -1).all()
+    assert (state.row_slot == -1).all()
 
 
 def test_addresses_never_change() -> None:
     _, state = make_state()
-    tensors = [state.row_arm, state.arm_circuits, state.arm_multipliers]
+    tensors = [state.row_slot, state.slot_circuits, state.slot_multipliers]
     before = [t.data_ptr() for t in tensors]
     buffers = state.buffers()
     for i in range(3):
         state.add(f"r{i}", any_steering("all"), 4)
         fill(state, *((f"r{j}", 4, 0) for j in range(i + 1)))
-    after = [buffers.row_arm, buffers.arm_circuits, buffers.arm_multipliers]
+    after = [buffers.row_slot, buffers.slot_circuits, buffers.slot_multipliers]
     assert [t.data_ptr() for t in after] == before
-    assert tensors[0] is state.row_arm
+    assert tensors[0] is state.row_slot
 
 
 def test_too_many_circuits_are_refused() -> None:
@@ -453,11 +453,11 @@ def test_one_circuit_several_times_counts_a_row_once(multipliers: list[float]) -
     table, state = make_state()
     digest = min(CIRCUITS)
     state.add("a", Steering(tuple((digest, m) for m in sorted(multipliers)), "all"), 2)
-    (arm, *_) = fill(state, ("a", 2, 0))
+    (slot, *_) = fill(state, ("a", 2, 0))
     product = np.float32(1)
     for multiplier in sorted(multipliers):
         product *= np.float32(multiplier)
-    assert set(factors(state, table, arm).reshape(-1).tolist()) == {1.0, float(product)}
+    assert set(factors(state, table, slot).reshape(-1).tolist()) == {1.0, float(product)}
     assert state.steered_tokens() == {digest: 2}
     state.remove("a")
     assert table.users(digest) == 0

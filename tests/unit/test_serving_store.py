@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from cna_vllm.circuit import Circuit, CircuitError, Neuron
-from cna_vllm.request import SteeringError
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.front.adapter import Adapter
 from cna_vllm.serving.front.registry import Registry, ServedModel
 from cna_vllm.serving.front.store import Contents, RegistryStore, StoreError
+from cna_vllm.steering.circuit import Circuit, CircuitError, Neuron
+from cna_vllm.steering.request import SteeringError
 
 SERVED = ServedModel("m", "A", 2, 64, 6)
 
@@ -187,7 +187,7 @@ def test_names_are_shared_by_circuits_adapters_and_models(tmp_path: Path) -> Non
 
 WRITER = """
 import sys
-from cna_vllm.circuit import Circuit, Neuron
+from cna_vllm.steering.circuit import Circuit, Neuron
 from cna_vllm.serving.front.store import Contents, RegistryStore
 store, step = RegistryStore(sys.argv[1]), int(sys.argv[2])
 while True:

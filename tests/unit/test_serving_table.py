@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cna_kernels import mask_width, pack_mask
-from cna_vllm.circuit import Circuit, Neuron
 from cna_vllm.serving.config import CircuitTableError
 from cna_vllm.serving.worker.table import CircuitTable
+from cna_vllm.steering.circuit import Circuit, Neuron
 
 CPU = torch.device("cpu")
 

@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cna_vllm import steer, steer_vector
-from cna_vllm.circuit import Circuit, Neuron
-from cna_vllm.request import Steering, SteeringError
 from cna_vllm.serving.config import CircuitTableError, CnaConfig, CnaConfigError
 from cna_vllm.serving.core.cache_keys import steering_key
 from cna_vllm.serving.front.adapter import Adapter
@@ -23,7 +21,9 @@ from cna_vllm.serving.front.registry import Registry, ServedModel
 from cna_vllm.serving.worker.gated_mlp import GatedMlp, UnsupportedModelError
 from cna_vllm.serving.worker.runtime import SteeringRuntime
 from cna_vllm.serving.worker.vector_table import VectorTable
-from cna_vllm.vectors import VectorError, VectorSet
+from cna_vllm.steering.circuit import Circuit, Neuron
+from cna_vllm.steering.request import Steering, SteeringError
+from cna_vllm.steering.vectors import VectorError, VectorSet
 
 
 def block_key(extra_args: Any, prompt_len: int, end: int) -> tuple[str, str] | None:
@@ -166,9 +166,9 @@ def test_the_proof_leaves_no_trace() -> None:
     runtime = make_runtime([found(i, Mlp()) for i in range(LAYERS)])
     assert runtime.vectors is not None
     assert not any(runtime.vectors.layer_vectors(layer).any() for layer in range(LAYERS))
-    assert (runtime.state.row_arm == -1).all()
-    assert (runtime.state.arm_vectors == -1).all()
-    assert (runtime.state.arm_coefficients == 0).all()
+    assert (runtime.state.row_slot == -1).all()
+    assert (runtime.state.slot_vectors == -1).all()
+    assert (runtime.state.slot_coefficients == 0).all()
 
 
 def test_a_layer_that_does_not_obey_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

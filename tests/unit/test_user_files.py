@@ -11,11 +11,11 @@ import pytest
 
 from cna_vllm import Circuit, CircuitError, Neuron
 from cna_vllm.batch.reading import read_batch
-from cna_vllm.circuit import shared_neurons
 from cna_vllm.evaluation.config import read_config
 from cna_vllm.evaluation.metrics.refusal_keywords import _read
-from cna_vllm.prompts import read_prompts
 from cna_vllm.serving.front.store import RegistryStore
+from cna_vllm.steering.circuit import shared_neurons
+from cna_vllm.text.prompts import read_prompts
 
 BOM = "\ufeff"
 MODEL = {"model": "m", "architecture": "A", "num_layers": 4, "intermediate_size": 16}

@@ -14,7 +14,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cna_vllm.vectors import VectorError, VectorSet
+from cna_vllm.steering.vectors import VectorError, VectorSet
 
 ONES = np.ones(4, dtype=np.float32)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cna_vllm.prompts import Prompt, PromptError, read_prompts
+from cna_vllm.text.prompts import Prompt, PromptError, read_prompts
 
 JBB_HUB = "JailbreakBench/JBB-Behaviors"
 _JBB_FILES = ("harmful-behaviors.csv", "benign-behaviors.csv")

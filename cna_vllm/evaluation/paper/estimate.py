@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cna_vllm.evaluation.paper.settings import CAA_SIGNS, Settings
-from cna_vllm.prompts import Prompt
-from cna_vllm.rendering import render
 from cna_vllm.serving.seams.offline import engine_of
 from cna_vllm.serving.seams.platform import on_cpu
+from cna_vllm.text.prompts import Prompt
+from cna_vllm.text.rendering import render
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -17,9 +17,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from cna_vllm.arms import Arm
 from cna_vllm.evaluation.paper.datasets import quiet_hub
 from cna_vllm.serving.seams.offline import engine_of
+from cna_vllm.steering.arms import Arm
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
-from cna_vllm.arms import Arm
 from cna_vllm.evaluation.paper import published
 from cna_vllm.evaluation.paper.published import Published
 from cna_vllm.evaluation.paper.rows import Row
 from cna_vllm.evaluation.paper.settings import CAA_LAYER, CAA_SIGNS, SCOPE, TOP
 from cna_vllm.evaluation.paper.study import PLAIN, Figures, Study
 from cna_vllm.evaluation.statistics import wilson
+from cna_vllm.steering.arms import Arm
 
 QUALITY = "quality-3"
 # The published baseline adds harmful minus benign, at every layer and position.

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cna_vllm
-from cna_vllm.circuit import Circuit
+from cna_vllm.checkpoints.models import resolve_model
 from cna_vllm.evaluation.paper.parts import RUN
 from cna_vllm.evaluation.paper.rows import Row, notes, table
 from cna_vllm.evaluation.paper.settings import PARTS, TOP, EvalError, Settings
 from cna_vllm.evaluation.paper.study import BASE_FILE, Study
 from cna_vllm.files import write_atomic
-from cna_vllm.models import resolve_model
 from cna_vllm.serving.seams.offline import engine_of
-from cna_vllm.vectors import VectorError, check_residual
+from cna_vllm.steering.circuit import Circuit
+from cna_vllm.steering.vectors import VectorError, check_residual
 
 if TYPE_CHECKING:
     from vllm import EngineArgs

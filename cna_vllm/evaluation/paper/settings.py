@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cna_vllm.prompts import Prompt, prompts_digest
+from cna_vllm.text.prompts import Prompt, prompts_digest
 
 PARTS: Mapping[str, str] = {
     "jbb": "refusal on JBB-Behaviors, circuit from 100 + 100 prompts (Table 3)",

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cna_vllm.arms import Arm
-from cna_vllm.circuit import Circuit
 from cna_vllm.evaluation.ab import load_metrics, plan_rows, rescore, run_ab
 from cna_vllm.evaluation.answers import PromptSet, collect, read_rows
 from cna_vllm.evaluation.folder import ANSWERS, REPORT, RESULT, answered, batch_identity
@@ -24,9 +22,11 @@ from cna_vllm.evaluation.paper.settings import ONE_PART, EvalError, Settings
 from cna_vllm.evaluation.report import write_report
 from cna_vllm.evaluation.result import Result, load
 from cna_vllm.files import write_atomic
-from cna_vllm.prompts import Prompt
 from cna_vllm.serving.seams.offline import engine_of
-from cna_vllm.vectors import Form, VectorSet
+from cna_vllm.steering.arms import Arm
+from cna_vllm.steering.circuit import Circuit
+from cna_vllm.steering.vectors import Form, VectorSet
+from cna_vllm.text.prompts import Prompt
 
 if TYPE_CHECKING:
     from vllm import LLM

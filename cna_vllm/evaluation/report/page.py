@@ -26,7 +26,7 @@ from cna_vllm.evaluation.report.charts import Doses, Forest, ForestRow, doses
 from cna_vllm.evaluation.result import MetricInfo, Result
 from cna_vllm.evaluation.wording import NONE, Form, count, found, methods, p_value
 from cna_vllm.files import write_atomic
-from cna_vllm.prompts import Prompt
+from cna_vllm.text.prompts import Prompt
 
 MOST_PROMPTS = 300  # whose transcripts are in the page
 _FOLDER = Path(__file__).parent

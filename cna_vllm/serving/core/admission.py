@@ -6,8 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cna_vllm.circuit import show
-from cna_vllm.request import (
+from cna_vllm.serving.config import CnaConfig
+from cna_vllm.serving.fields import WITHOUT_CONFIG, check_recording_group
+from cna_vllm.serving.seal import Seal, deployment_secret
+from cna_vllm.steering.circuit import show
+from cna_vllm.steering.request import (
     FIELD_CIRCUIT,
     FIELD_MULTIPLIER,
     FIELD_RECORD,
@@ -18,9 +21,6 @@ from cna_vllm.request import (
     SteeringError,
     to_float32,
 )
-from cna_vllm.serving.config import CnaConfig
-from cna_vllm.serving.fields import WITHOUT_CONFIG, check_recording_group
-from cna_vllm.serving.seal import Seal, deployment_secret
 
 SIGN = "cna"
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from cna_vllm.request import RESOLVED_FIELD, Steering
+from cna_vllm.steering.request import RESOLVED_FIELD, Steering
 
 
 class BlockKey(NamedTuple):

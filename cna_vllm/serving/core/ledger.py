@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cna_vllm.request import FIELD_CIRCUIT, FIELD_MULTIPLIER, RESOLVED_FIELD, Steering
 from cna_vllm.serving.step_report import SentReport, StepReport, TokenCounts
+from cna_vllm.steering.request import FIELD_CIRCUIT, FIELD_MULTIPLIER, RESOLVED_FIELD, Steering
 
 OVERFLOW = f"{FIELD_MULTIPLIER}: the steered activations left the range of "
 UNCOUNTED = f"{FIELD_CIRCUIT}: steered "

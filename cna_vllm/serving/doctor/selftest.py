@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cna_vllm.circuit import Circuit, Neuron
-from cna_vllm.request import FIELD_RECORD, SCOPES, steer
 from cna_vllm.serving.config import CircuitTableError
 from cna_vllm.serving.control import load_circuit, status, unload_circuit
 from cna_vllm.serving.doctor.check import Check
 from cna_vllm.serving.seams.front_end import admission_of
 from cna_vllm.serving.seams.offline import engine_of
+from cna_vllm.steering.circuit import Circuit, Neuron
+from cna_vllm.steering.request import FIELD_RECORD, SCOPES, steer
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from cna_vllm.arms import parse_steering
-from cna_vllm.circuit import show
-from cna_vllm.request import FIELD_CIRCUIT, FIELD_PREFIX, CircuitRequest, SteeringError
+from cna_vllm.steering.arms import parse_steering
+from cna_vllm.steering.circuit import show
+from cna_vllm.steering.request import FIELD_CIRCUIT, FIELD_PREFIX, CircuitRequest, SteeringError
 
 LORA_KEY = "lora"
 

@@ -8,9 +8,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from cna_vllm.circuit import shared_neurons
-from cna_vllm.misplaced import first_sign, holds_letters
-from cna_vllm.request import (
+from cna_vllm.serving.config import CnaConfig
+from cna_vllm.serving.fields import WITHOUT_CONFIG, check_recording_group
+from cna_vllm.serving.front.adapter import Adapter
+from cna_vllm.serving.front.registry import Registry
+from cna_vllm.serving.seal import Seal, deployment_secret
+from cna_vllm.steering.circuit import shared_neurons
+from cna_vllm.steering.misplaced import first_sign, holds_letters
+from cna_vllm.steering.request import (
     FIELD_CIRCUIT,
     FIELD_PREFIX,
     FIELD_RECORD,
@@ -20,12 +25,7 @@ from cna_vllm.request import (
     SteeringError,
     resolve,
 )
-from cna_vllm.request_fields import CIRCUITS
-from cna_vllm.serving.config import CnaConfig
-from cna_vllm.serving.fields import WITHOUT_CONFIG, check_recording_group
-from cna_vllm.serving.front.adapter import Adapter
-from cna_vllm.serving.front.registry import Registry
-from cna_vllm.serving.seal import Seal, deployment_secret
+from cna_vllm.steering.request_fields import CIRCUITS
 
 logger = logging.getLogger("vllm.cna")
 

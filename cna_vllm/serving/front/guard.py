@@ -12,8 +12,9 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 from urllib.parse import parse_qsl
 
-from cna_vllm.circuit import show
-from cna_vllm.misplaced import (
+from cna_vllm.serving.front.metrics import count_refused
+from cna_vllm.steering.circuit import show
+from cna_vllm.steering.misplaced import (
     EXTRA_ARGS,
     XARGS,
     Pairs,
@@ -22,8 +23,7 @@ from cna_vllm.misplaced import (
     first_sign_in_text,
     top_level,
 )
-from cna_vllm.request import SteeringError
-from cna_vllm.serving.front.metrics import count_refused
+from cna_vllm.steering.request import SteeringError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

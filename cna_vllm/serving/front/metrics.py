@@ -13,14 +13,14 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from cna_vllm.request import (
+from cna_vllm.serving.front.admission import Admission, admit_or_refuse
+from cna_vllm.steering.request import (
     FIELD_CIRCUIT,
     FIELD_VECTOR,
     FIELDS,
     RESOLVED_FIELD,
     SteeringError,
 )
-from cna_vllm.serving.front.admission import Admission, admit_or_refuse
 
 MAX_LABELS = 200
 OTHER = "other"
@@ -95,9 +95,7 @@ class ControlMetrics:
         for name in names:
             self.requests.labels(circuit=self.label(name)).inc()
 
-    def take_status(
-        self, reports: Sequence[Mapping[str, Any]], names: Mapping[str, str]
-    ) -> None:
+    def take_status(self, reports: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> None:
         """Brings the gauge and the token counters up to the reports of all engines, in rank order.
 
         names: content digest -> a name that stands for it; tokens of other content are ``other``.

@@ -10,13 +10,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from cna_vllm.circuit import Circuit, show
-from cna_vllm.packed import KindName
-from cna_vllm.request import FIELD_CIRCUIT, FIELD_VECTOR, SteeringError
 from cna_vllm.serving.config import CnaConfig, CnaConfigError, check_name
 from cna_vllm.serving.front.adapter import Adapter
 from cna_vllm.serving.front.store import Contents, RegistryStore, StoreError
-from cna_vllm.vectors import VectorSet
+from cna_vllm.steering.circuit import Circuit, show
+from cna_vllm.steering.packed import KindName
+from cna_vllm.steering.request import FIELD_CIRCUIT, FIELD_VECTOR, SteeringError
+from cna_vllm.steering.vectors import VectorSet
 
 logger = logging.getLogger("vllm.cna")  # vLLM's handlers and level are those of its name's parents
 

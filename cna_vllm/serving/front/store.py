@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cna_vllm.circuit import MAX_FILE_BYTES, Circuit, CircuitError, show
-from cna_vllm.circuit_file import read_json
 from cna_vllm.files import write_atomic
-from cna_vllm.request import SteeringError
 from cna_vllm.serving.front.adapter import Adapter
+from cna_vllm.steering.circuit import MAX_FILE_BYTES, Circuit, CircuitError, show
+from cna_vllm.steering.circuit_file import read_json
+from cna_vllm.steering.request import SteeringError
 
 FORMAT = "cna-registry"
 VERSION = 1

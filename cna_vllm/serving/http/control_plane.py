@@ -17,9 +17,6 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any, TypeVar
 
-from cna_vllm.circuit import Circuit, CircuitError, show
-from cna_vllm.circuit_file import parse_json
-from cna_vllm.request import FIELD_CIRCUIT, SteeringError
 from cna_vllm.serving.config import CnaConfigError
 from cna_vllm.serving.front.adapter import Adapter
 from cna_vllm.serving.front.admission import Admission
@@ -29,6 +26,9 @@ from cna_vllm.serving.front.registry import Content, Names
 from cna_vllm.serving.front.store import StoreError
 from cna_vllm.serving.seams.engines import call_every_engine, ready
 from cna_vllm.serving.seams.served_names import ServedNames
+from cna_vllm.steering.circuit import Circuit, CircuitError, show
+from cna_vllm.steering.circuit_file import parse_json
+from cna_vllm.steering.request import FIELD_CIRCUIT, SteeringError
 
 logger = logging.getLogger("vllm.cna")
 LIFE_SECONDS = 1.0  # between looks at whether the engine is alive, while a call is under way

@@ -10,11 +10,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
-from cna_vllm.circuit import Circuit
-from cna_vllm.request import DEFAULT_SCOPE
 from cna_vllm.serving.front.adapter import Adapter
 from cna_vllm.serving.front.registry import Names
 from cna_vllm.serving.http.control_plane import ControlError, ControlPlane
+from cna_vllm.steering.circuit import Circuit
+from cna_vllm.steering.request import DEFAULT_SCOPE
 
 router = APIRouter()
 T = TypeVar("T")

@@ -15,8 +15,6 @@ from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
 
-from cna_vllm.circuit import show
-from cna_vllm.request import FIELD_CIRCUIT, FIELD_PREFIX, RESOLVED_FIELD, SteeringError
 from cna_vllm.serving.front import admission
 from cna_vllm.serving.front.adapter import Adapter
 from cna_vllm.serving.front.metrics import admit_counted
@@ -24,6 +22,8 @@ from cna_vllm.serving.front.registry import a_kind
 from cna_vllm.serving.seams import batch_runner, http_app
 from cna_vllm.serving.seams.gate import gate_of
 from cna_vllm.serving.seams.wrapping import wrap
+from cna_vllm.steering.circuit import show
+from cna_vllm.steering.request import FIELD_CIRCUIT, FIELD_PREFIX, RESOLVED_FIELD, SteeringError
 
 _SERVED: ContextVar[tuple[str, Any] | None] = ContextVar("cna_served", default=None)
 """The adapter that this HTTP request names as its model, and its LoRA request if it has one;

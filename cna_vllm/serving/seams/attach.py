@@ -12,7 +12,7 @@ from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.seams.model import gated_mlps, served_model
 from cna_vllm.serving.seams.quantization import say_what_is_unfused, share_producers
 from cna_vllm.serving.worker.runtime import SteeringRuntime
-from cna_vllm.vectors import RESIDUAL_ARCHITECTURES
+from cna_vllm.steering.vectors import RESIDUAL_ARCHITECTURES
 
 
 def attach(vllm_config: Any, model: nn.Module, device: torch.device) -> SteeringRuntime:

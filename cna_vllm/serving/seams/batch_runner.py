@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from cna_vllm.misplaced import XARGS, first_sign_in_text
 from cna_vllm.serving.front.metrics import count_refused
 from cna_vllm.serving.seams.wrapping import wrap
+from cna_vllm.steering.misplaced import XARGS, first_sign_in_text
 
 _BODY = ("body", *XARGS)
 

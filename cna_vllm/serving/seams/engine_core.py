@@ -9,13 +9,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from cna_vllm.packed import KindName, Packed
-from cna_vllm.request import RESOLVED_FIELD, Steering, SteeringError
 from cna_vllm.serving.config import CircuitTableError, CnaConfig
 from cna_vllm.serving.core.admission import CoreAdmission
 from cna_vllm.serving.core.cache_keys import BlockKey, steering_key
 from cna_vllm.serving.seams.api_server import validation_error
 from cna_vllm.serving.seams.wrapping import Wrap, wrap
+from cna_vllm.steering.packed import KindName, Packed
+from cna_vllm.steering.request import RESOLVED_FIELD, Steering, SteeringError
 
 logger = logging.getLogger("vllm.cna")
 ASLEEP = "the engine sleeps, and its memory is elsewhere; wake it up first"
@@ -94,9 +94,7 @@ class ResidentContent:
             self._resident &= self._loaded.keys() | wanted
         return sorted(wanted)
 
-    def end_load(
-        self, kind: KindName, digest: str, reports: Iterable[Mapping[str, Any]]
-    ) -> None:
+    def end_load(self, kind: KindName, digest: str, reports: Iterable[Mapping[str, Any]]) -> None:
         """What all workers hold after a load, or after one that failed."""
         with self._lock:
             self._resident = frozenset.intersection(*(frozenset(r["resident"]) for r in reports))

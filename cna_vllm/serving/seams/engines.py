@@ -7,10 +7,10 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cna_vllm.packed import Packed
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.seams.gate import gate_of
 from cna_vllm.serving.seams.wrapping import Wrap, wrap
+from cna_vllm.steering.packed import Packed
 
 
 def install(wrap: Wrap = wrap) -> None:

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cna_vllm.request import FIELD_MULTIPLIER
 from cna_vllm.serving.core.ledger import failure_of
 from cna_vllm.serving.front.metrics import control_metrics
 from cna_vllm.serving.seams.wrapping import Wrap, wrap
+from cna_vllm.steering.request import FIELD_MULTIPLIER
 
 
 def install(wrap: Wrap = wrap) -> None:

@@ -7,7 +7,6 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from cna_vllm.request import FIELD_CIRCUIT, FIELD_RECORD, RESOLVED_FIELD, SteeringError
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.front import admission
 from cna_vllm.serving.front.metrics import admit_counted
@@ -17,6 +16,7 @@ from cna_vllm.serving.seams.engines import refuse_partial_control
 from cna_vllm.serving.seams.model import refuse_unsupported, served_model
 from cna_vllm.serving.seams.offline import gate_of_llm
 from cna_vllm.serving.seams.wrapping import Wrap, wrap
+from cna_vllm.steering.request import FIELD_CIRCUIT, FIELD_RECORD, RESOLVED_FIELD, SteeringError
 
 
 def install(wrap: Wrap = wrap) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from cna_vllm.models import neurons_per_layer
+from cna_vllm.checkpoints.models import neurons_per_layer
 from cna_vllm.serving.front.registry import ServedModel
 from cna_vllm.serving.seams.quantization import fuses_quantization
 from cna_vllm.serving.worker.gated_mlp import (

@@ -15,22 +15,22 @@ from cna_kernels import act_and_mul_scaled, record_rows, steer_gate_up
 class StepBuffers:
     """Per-step routing, shared by all layers. Addresses never change, contents do.
 
-    row_arm: int32 [max_num_tokens]: the arm of each token row of the step, -1 for plain rows.
-    arm_circuits: int32 [max_arms, slots]: table rows of an arm's circuits, -1 for unused slots.
-    arm_multipliers: float32 [max_arms, slots].
-    row_record: int32 [max_num_tokens]: recording slot of each token row, -1 for none; None when
+    row_slot: int32 [max_num_tokens]: the slot of each token row of the step, -1 for plain rows.
+    slot_circuits: int32 [max_slots, entries]: table rows of a slot's circuits, -1: unused.
+    slot_multipliers: float32 [max_slots, entries].
+    row_record: int32 [max_num_tokens]: recording stage of each token row, -1 for none; None when
         the engine does not record.
-    arm_vectors: int32 [max_arms, vector slots]: table rows of an arm's vectors, -1 for unused
-        slots; None, like the coefficients, when the engine adds no vectors.
-    arm_coefficients: float32 [max_arms, vector slots].
+    slot_vectors: int32 [max_slots, vector entries]: table rows of a slot's vectors, -1 for unused
+        entries; None, like the coefficients, when the engine adds no vectors.
+    slot_coefficients: float32 [max_slots, vector entries].
     """
 
-    row_arm: torch.Tensor
-    arm_circuits: torch.Tensor
-    arm_multipliers: torch.Tensor
+    row_slot: torch.Tensor
+    slot_circuits: torch.Tensor
+    slot_multipliers: torch.Tensor
     row_record: torch.Tensor | None = None
-    arm_vectors: torch.Tensor | None = None
-    arm_coefficients: torch.Tensor | None = None
+    slot_vectors: torch.Tensor | None = None
+    slot_coefficients: torch.Tensor | None = None
 
 
 class SteeredActAndMul(nn.Module):
@@ -41,9 +41,9 @@ class SteeredActAndMul(nn.Module):
     is traced and captured like the activation it replaces.
     """
 
-    row_arm: torch.Tensor
-    arm_circuits: torch.Tensor
-    arm_multipliers: torch.Tensor
+    row_slot: torch.Tensor
+    slot_circuits: torch.Tensor
+    slot_multipliers: torch.Tensor
     masks: torch.Tensor
     row_record: torch.Tensor | None
     recorded: torch.Tensor | None
@@ -56,14 +56,14 @@ class SteeredActAndMul(nn.Module):
         recorded: torch.Tensor | None = None,
     ) -> None:
         """masks: uint8 [max_circuits, ceil(width / 8)], this layer's slice of the table;
-        recorded: [slots, width] of the model's dtype, where recorded rows are written."""
+        recorded: [entries, width] of the model's dtype, where recorded rows are written."""
         super().__init__()
         self.activation = activation
         # Buffers, so that what saves and restores a model's buffers (sleep mode) keeps them.
         for name, tensor in (
-            ("row_arm", step.row_arm),
-            ("arm_circuits", step.arm_circuits),
-            ("arm_multipliers", step.arm_multipliers),
+            ("row_slot", step.row_slot),
+            ("slot_circuits", step.slot_circuits),
+            ("slot_multipliers", step.slot_multipliers),
             ("masks", masks),
             ("row_record", step.row_record if recorded is not None else None),
             ("recorded", recorded),
@@ -73,7 +73,12 @@ class SteeredActAndMul(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x if x.dim() == 2 else x.flatten(0, -2)
         out = act_and_mul_scaled(
-            rows, self.row_arm, self.arm_circuits, self.arm_multipliers, self.masks, self.activation
+            rows,
+            self.row_slot,
+            self.slot_circuits,
+            self.slot_multipliers,
+            self.masks,
+            self.activation,
         )
         if self.recorded is not None and self.row_record is not None:
             record_rows(out, self.row_record, self.recorded)
@@ -102,7 +107,12 @@ class SteeredGateUp(SteeredActAndMul):
         """Steers x in place and returns it."""
         rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])  # never a copy: it is written
         steer_gate_up(
-            rows, self.row_arm, self.arm_circuits, self.arm_multipliers, self.masks, self.activation
+            rows,
+            self.row_slot,
+            self.slot_circuits,
+            self.slot_multipliers,
+            self.masks,
+            self.activation,
         )
         return x
 

@@ -31,9 +31,9 @@ class SteeredOutput(nn.Module):
     copied before vectors are added. No Python branch depends on request data.
     """
 
-    row_arm: torch.Tensor
-    arm_vectors: torch.Tensor
-    arm_coefficients: torch.Tensor
+    row_slot: torch.Tensor
+    slot_vectors: torch.Tensor
+    slot_coefficients: torch.Tensor
     vectors: torch.Tensor
     row_record: torch.Tensor | None
     recorded: torch.Tensor | None
@@ -44,9 +44,9 @@ class SteeredOutput(nn.Module):
         """vectors: float32 [max_vectors, hidden_size], this layer's slice of the table."""
         super().__init__()
         for name, tensor in (
-            ("row_arm", step.row_arm),
-            ("arm_vectors", step.arm_vectors),
-            ("arm_coefficients", step.arm_coefficients),
+            ("row_slot", step.row_slot),
+            ("slot_vectors", step.slot_vectors),
+            ("slot_coefficients", step.slot_coefficients),
             ("vectors", vectors),
             ("row_record", None if recorder is None else recorder.row_record),
             ("recorded", None if recorder is None else recorder.layer_stage(layer)),
@@ -59,7 +59,7 @@ class SteeredOutput(nn.Module):
         rows = output.view(-1, output.shape[-1])  # never a copy: it is written
         if self.recorded is not None and self.row_record is not None:
             record_rows(rows, self.row_record, self.recorded)
-        add_vectors(rows, self.row_arm, self.arm_vectors, self.arm_coefficients, self.vectors)
+        add_vectors(rows, self.row_slot, self.slot_vectors, self.slot_coefficients, self.vectors)
 
 
 class RecordedStream(nn.Module):
@@ -125,7 +125,7 @@ def prove_outputs(
     """
     if not mlps:
         return
-    device = state.row_arm.device
+    device = state.row_slot.device
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, table.hidden_size, generator=generator).to(device, dtype)
     probe = torch.randn(table.hidden_size, generator=generator).to(device)
@@ -133,12 +133,12 @@ def prove_outputs(
     try:
         for mlp in mlps:
             table.layer_vectors(mlp.layer)[0] = probe
-        state.arm_vectors[0, 0] = 0
-        state.arm_coefficients[0, 0] = PROBE_COEFFICIENT
+        state.slot_vectors[0, 0] = 0
+        state.slot_coefficients[0, 0] = PROBE_COEFFICIENT
         for mlp in mlps:
-            state.row_arm[1] = -1
+            state.row_slot[1] = -1
             expected = mlp.module(hidden)
-            state.row_arm[1] = 0
+            state.row_slot[1] = 0
             steered = mlp.module(hidden)
             if isinstance(expected, torch.Tensor):
                 expected[1] = (expected[1].float() + PROBE_COEFFICIENT * probe).to(dtype)
@@ -147,9 +147,9 @@ def prove_outputs(
     finally:
         for mlp in mlps:
             table.layer_vectors(mlp.layer)[0] = 0.0
-        state.arm_vectors[0, 0] = -1
-        state.arm_coefficients[0, 0] = 0.0
-        state.row_arm[1] = -1
+        state.slot_vectors[0, 0] = -1
+        state.slot_coefficients[0, 0] = 0.0
+        state.row_slot[1] = -1
     if deaf:
         names = ", ".join(f"{m.layer} ({m.path})" for m in deaf[:4])
         raise UnsupportedModelError(

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cna_vllm.packed import KindName, Packed
 from cna_vllm.serving.config import CircuitTableError, CnaConfigError
 from cna_vllm.serving.worker.runtime import SteeringRuntime
+from cna_vllm.steering.packed import KindName, Packed
 
 
 def cna_load(

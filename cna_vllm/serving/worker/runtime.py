@@ -10,8 +10,6 @@ import numpy as np
 import torch
 
 from cna_kernels import CARRYING_DTYPES, backend, mark_overflow
-from cna_vllm.packed import KindName, Packed
-from cna_vllm.request import FIELD_RECORD, RESOLVED_FIELD, Steering
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.step_report import StepReport
 from cna_vllm.serving.worker.activation import SteeredActAndMul, SteeredGateUp, StepBuffers
@@ -25,7 +23,9 @@ from cna_vllm.serving.worker.recording import Recorder
 from cna_vllm.serving.worker.state import SteeringState
 from cna_vllm.serving.worker.table import CircuitTable, ResidentTable
 from cna_vllm.serving.worker.vector_table import VectorTable
-from cna_vllm.vectors import FORMS
+from cna_vllm.steering.packed import KindName, Packed
+from cna_vllm.steering.request import FIELD_RECORD, RESOLVED_FIELD, Steering
+from cna_vllm.steering.vectors import FORMS
 
 NEURONS = "neurons"
 
@@ -78,7 +78,7 @@ class SteeringRuntime:
             self.vectors,
             config.max_vectors_per_request if config.max_vectors else 0,
         )
-        # Of each arm, the last step in which a row of it overflowed.
+        # Of each slot, the last step in which a row of it overflowed.
         self._marks = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self._mark = 0
         batch = (dtype, max_num_reqs, max_num_tokens, device)
@@ -167,7 +167,7 @@ class SteeringRuntime:
         if step is None:
             return None
         self._mark = self._mark % (2**31 - 1) + 1
-        mark_overflow(hidden, self.state.row_arm, self._marks, self._mark)
+        mark_overflow(hidden, self.state.row_slot, self._marks, self._mark)
         # Pinned and asynchronous on a GPU: read when the step's tokens have come to the host.
         marks = self._marks.to("cpu", non_blocking=True, copy=True)
         return StepReport(step, marks, self._mark)
@@ -212,9 +212,9 @@ class SteeringRuntime:
             "addresses": [
                 t.data_ptr()
                 for t in (
-                    self.state.row_arm,
-                    self.state.arm_circuits,
-                    self.state.arm_multipliers,
+                    self.state.row_slot,
+                    self.state.slot_circuits,
+                    self.state.slot_multipliers,
                     *(self.table.layer_masks(layer) for layer in self.layers),
                     *self._vector_operands(),
                 )
@@ -251,7 +251,7 @@ class SteeringRuntime:
         if self.vectors is None:
             return []
         layers = [self.vectors.layer_vectors(layer) for layer in self.layers]
-        return [self.state.arm_vectors, self.state.arm_coefficients, *layers]
+        return [self.state.slot_vectors, self.state.slot_coefficients, *layers]
 
     def _prove_hooks(self, mlps: Sequence[GatedMlp], hidden_size: int, dtype: torch.dtype) -> None:
         """Ablates every channel of a probe row in every layer, through the model's own code."""
@@ -260,17 +260,17 @@ class SteeringRuntime:
         state, masks = self.state, [self.table.layer_masks(mlp.layer) for mlp in mlps]
         for mask in masks:
             mask[0].fill_(0xFF)
-        state.arm_circuits[0, 0] = 0
-        state.arm_multipliers[0, 0] = 0.0
-        state.row_arm[1] = 0
+        state.slot_circuits[0, 0] = 0
+        state.slot_multipliers[0, 0] = 0.0
+        state.row_slot[1] = 0
         try:
             deaf = [m for m in mlps if not ablated_output_matches(m, hidden_size, dtype)]
         finally:
             for mask in masks:
                 mask[0].zero_()
-            state.arm_circuits[0, 0] = -1
-            state.arm_multipliers[0, 0] = 1.0
-            state.row_arm[1] = -1
+            state.slot_circuits[0, 0] = -1
+            state.slot_multipliers[0, 0] = 1.0
+            state.row_slot[1] = -1
         if deaf:
             names = ", ".join(f"{m.layer} ({m.path})" for m in deaf[:4])
             raise UnsupportedModelError(

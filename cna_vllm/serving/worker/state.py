@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From running requests to the arm of every token row of a step."""
+"""From running requests to the slot of every token row of a step."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from itertools import repeat
 import numpy as np
 import torch
 
-from cna_vllm.request import Steering
 from cna_vllm.serving.config import CircuitTableError
 from cna_vllm.serving.step_report import SteeredRows, TokenCounts
 from cna_vllm.serving.worker.activation import StepBuffers
 from cna_vllm.serving.worker.staging import Block, Staging
 from cna_vllm.serving.worker.table import CircuitTable
 from cna_vllm.serving.worker.vector_table import VectorTable
+from cna_vllm.steering.request import Steering
 
 _NEVER = 1 << 62
 """A position that no request reaches."""
 
 
 @dataclass(frozen=True)
-class _Arm:
+class _Slot:
     """What one request wants: table rows, multipliers and coefficients from a position on."""
 
     steering: Steering
@@ -34,23 +34,23 @@ class _Arm:
 
 @dataclass
 class _Batch:
-    """A batch's requests, while none of them may have another arm.
+    """A batch's requests, while none of them may have another slot.
 
-    arms: intp, -1 for plain requests. first_positions: int64. counts: the bytes of the last
+    slots: intp, -1 for plain requests. first_positions: int64. counts: the bytes of the last
     step's counts, see ``fill``.
     """
 
     req_ids: list[str]
-    arms: np.ndarray
+    slots: np.ndarray
     first_positions: np.ndarray
     counts: bytes | None = None
 
 
-class _Slots:
-    """One kind of an arm's operands: (table row, number) pairs of every arm."""
+class _Entries:
+    """One kind of a slot's operands: (table row, number) pairs of every slot."""
 
     def __init__(self, rows: Block, numbers: Block, idle: float) -> None:
-        """rows, numbers: [arms, slots]. idle: the number of an unused slot."""
+        """rows, numbers: [slots, entries]. idle: the number of an unused entry."""
         self.count = rows.host.shape[1]
         self.rows = rows.device
         self.numbers = numbers.device.view(torch.float32)
@@ -60,12 +60,12 @@ class _Slots:
         self._rows[:] = -1
         self._numbers[:] = idle
 
-    def put(self, arm: int, rows: Sequence[int], pairs: Sequence[tuple[str, float]]) -> None:
-        """Sets an arm's slots on the host."""
-        self._rows[arm] = -1
-        self._rows[arm, : len(rows)] = rows
-        self._numbers[arm] = self._idle
-        self._numbers[arm, : len(rows)] = [number for _, number in pairs]
+    def put(self, slot: int, rows: Sequence[int], pairs: Sequence[tuple[str, float]]) -> None:
+        """Sets a slot's entries on the host."""
+        self._rows[slot] = -1
+        self._rows[slot, : len(rows)] = rows
+        self._numbers[slot] = self._idle
+        self._numbers[slot, : len(rows)] = [number for _, number in pairs]
 
 
 class SteeringState:
@@ -73,7 +73,7 @@ class SteeringState:
 
     Host work per step: next to nothing while no steered request runs. While a batch decodes, a
     few array operations of its length. Where requests come and go, one pass over its request ids
-    and one packed copy of 4 bytes per token, with the arm tables where an arm is new. It does not
+    and one packed copy of 4 bytes per token, with the slot tables where a slot is new. It does not
     depend on the number of layers or of resident circuits.
     """
 
@@ -82,32 +82,32 @@ class SteeringState:
         table: CircuitTable,
         max_num_reqs: int,
         max_num_tokens: int,
-        slots: int,
+        entries: int,
         vectors: VectorTable | None = None,
-        vector_slots: int = 0,
+        vector_entries: int = 0,
     ) -> None:
-        """slots, vector_slots: circuits and vectors that one request may combine."""
+        """entries, vector_entries: circuits and vectors that one request may combine."""
         device = table.device
         self._table = table
         self._vectors = vectors
-        # One tensor, so that a step needs one copy: the arm tables, then the arm of each row.
-        arms = [(max_num_reqs, slots)] * 2 + [(max_num_reqs, vector_slots)] * 2
-        self._staging = Staging([*arms, (max_num_tokens,)], device)
+        # One tensor, so that a step needs one copy: the slot tables, then the slot of each row.
+        slots = [(max_num_reqs, entries)] * 2 + [(max_num_reqs, vector_entries)] * 2
+        self._staging = Staging([*slots, (max_num_tokens,)], device)
         *tables, rows = self._staging.blocks
-        self._circuit_slots = _Slots(tables[0], tables[1], 1.0)
-        self._vector_slots = _Slots(tables[2], tables[3], 0.0)
-        self.row_arm = rows.device
+        self._circuit_entries = _Entries(tables[0], tables[1], 1.0)
+        self._vector_entries = _Entries(tables[2], tables[3], 0.0)
+        self.row_slot = rows.device
         self._rows, self._rows_start = rows.host, rows.start
         self._rows[:] = -1
         self._staging.upload()
-        # By arm; the entry after the last stands for plain requests, whose arm is -1.
+        # By slot; the entry after the last stands for plain requests, whose slot is -1.
         self._first_position = np.full(max_num_reqs + 1, _NEVER, dtype=np.int64)
         self._tokens = np.zeros(max_num_reqs + 1, dtype=np.int64)
         self._free = list(range(max_num_reqs - 1, -1, -1))
-        self._arms: dict[str, _Arm] = {}
+        self._slots: dict[str, _Slot] = {}
         self._index: dict[str, int] = {}
-        self._arms_changed = False
-        # What row_arm holds up to its last steered row, in rows; all rows after that are -1.
+        self._slots_changed = False
+        # What row_slot holds up to its last steered row, in rows; all rows after that are -1.
         self._end = 0
         self._batch: _Batch | None = None
         self._steered_tokens = TokenCounts()
@@ -115,24 +115,24 @@ class SteeringState:
         """What the last ``fill`` steers; None for a step without a steered row."""
 
     @property
-    def arm_circuits(self) -> torch.Tensor:
-        """int32 [max_num_reqs, slots], see ``StepBuffers``."""
-        return self._circuit_slots.rows
+    def slot_circuits(self) -> torch.Tensor:
+        """int32 [max_num_reqs, entries], see ``StepBuffers``."""
+        return self._circuit_entries.rows
 
     @property
-    def arm_multipliers(self) -> torch.Tensor:
-        """float32 [max_num_reqs, slots]."""
-        return self._circuit_slots.numbers
+    def slot_multipliers(self) -> torch.Tensor:
+        """float32 [max_num_reqs, entries]."""
+        return self._circuit_entries.numbers
 
     @property
-    def arm_vectors(self) -> torch.Tensor:
-        """int32 [max_num_reqs, vector slots]."""
-        return self._vector_slots.rows
+    def slot_vectors(self) -> torch.Tensor:
+        """int32 [max_num_reqs, vector entries]."""
+        return self._vector_entries.rows
 
     @property
-    def arm_coefficients(self) -> torch.Tensor:
-        """float32 [max_num_reqs, vector slots]."""
-        return self._vector_slots.numbers
+    def slot_coefficients(self) -> torch.Tensor:
+        """float32 [max_num_reqs, vector entries]."""
+        return self._vector_entries.numbers
 
     def add(self, req_id: str, steering: Steering | None, prompt_len: int) -> None:
         """Registers a request at its first step, or again after a resume or an update.
@@ -143,25 +143,27 @@ class SteeringState:
         self.remove(req_id)
         if steering is None:
             return
-        for noun, pairs, slots in (
-            ("circuits", steering.pairs, self._circuit_slots),
-            ("vectors", steering.vectors, self._vector_slots),
+        for noun, pairs, entries in (
+            ("circuits", steering.pairs, self._circuit_entries),
+            ("vectors", steering.vectors, self._vector_entries),
         ):
-            if len(pairs) > slots.count:
-                raise ValueError(f"request {req_id} has {len(pairs)} {noun}, over {slots.count}")
+            if len(pairs) > entries.count:
+                raise ValueError(f"request {req_id} has {len(pairs)} {noun}, over {entries.count}")
         rows = self._table.acquire([digest for digest, _ in steering.pairs])
         try:
             vector_rows = self._acquire_vectors(steering)
         except CircuitTableError:
             self._table.release(rows)
             raise
-        self._arms[req_id] = _Arm(steering, rows, vector_rows, steering.first_position(prompt_len))
+        self._slots[req_id] = _Slot(
+            steering, rows, vector_rows, steering.first_position(prompt_len)
+        )
         self._batch = None
 
     def suspend(self, req_id: str) -> None:
-        """Gives back a preempted request's arm index; it takes a new one when it runs again.
+        """Gives back a preempted request's slot index; it takes a new one when it runs again.
 
-        Preempted requests may outnumber the arm indices, running ones never do.
+        Preempted requests may outnumber the slot indices, running ones never do.
         """
         index = self._index.pop(req_id, None)
         if index is None:
@@ -172,13 +174,13 @@ class SteeringState:
 
     def remove(self, req_id: str) -> None:
         """Forgets a request; unknown ids are fine, runners announce those too."""
-        if req_id not in self._arms:
+        if req_id not in self._slots:
             return
         self.suspend(req_id)
-        arm = self._arms.pop(req_id)
-        self._table.release(arm.rows)
+        slot = self._slots.pop(req_id)
+        self._table.release(slot.rows)
         if self._vectors is not None:
-            self._vectors.release(arm.vector_rows)
+            self._vectors.release(slot.vector_rows)
 
     def fill(
         self,
@@ -186,13 +188,13 @@ class SteeringState:
         num_scheduled_tokens: np.ndarray,
         num_computed_tokens: np.ndarray,
     ) -> None:
-        """Writes the arm of every token row of the coming step.
+        """Writes the slot of every token row of the coming step.
 
         req_ids: the batch in row order. num_scheduled_tokens, num_computed_tokens: int
         [len(req_ids)]; row i of a request is its position num_computed_tokens + i. Rows past the
         batch, up to the longest earlier batch, are reset, so padded rows are plain.
         """
-        if not self._arms:
+        if not self._slots:
             self.step = None
             if self._end:
                 self._write(np.empty(0, dtype=np.int32))
@@ -208,7 +210,7 @@ class SteeringState:
         np.subtract(batch.first_positions, num_computed_tokens[:num_reqs], out=plain)
         np.minimum(np.maximum(plain, 0, out=plain), scheduled, out=plain)
         np.subtract(scheduled, plain, out=steered)
-        self._tokens[batch.arms] += steered
+        self._tokens[batch.slots] += steered
         if (held := counts.tobytes()) != batch.counts:
             batch.counts = held
             self._route(batch, counts)
@@ -221,11 +223,11 @@ class SteeringState:
 
     def buffers(self, row_record: torch.Tensor | None = None) -> StepBuffers:
         """The tensors that the layers read."""
-        buffers = StepBuffers(self.row_arm, self.arm_circuits, self.arm_multipliers, row_record)
+        buffers = StepBuffers(self.row_slot, self.slot_circuits, self.slot_multipliers, row_record)
         if self._vectors is None:
             return buffers
         return replace(
-            buffers, arm_vectors=self.arm_vectors, arm_coefficients=self.arm_coefficients
+            buffers, slot_vectors=self.slot_vectors, slot_coefficients=self.slot_coefficients
         )
 
     def _acquire_vectors(self, steering: Steering) -> tuple[int, ...]:
@@ -233,24 +235,24 @@ class SteeringState:
         return self._vectors.acquire(digests) if self._vectors is not None else ()
 
     def _take(self, req_ids: Sequence[str]) -> _Batch:
-        """Looks up the arms of a batch's requests; those that had none get one."""
+        """Looks up the slots of a batch's requests; those that had none get one."""
         found = map(self._index.get, req_ids, repeat(-1))
-        arms = np.fromiter(found, dtype=np.intp, count=len(req_ids))
-        for i in np.flatnonzero(arms < 0).tolist():
-            if req_ids[i] in self._arms:
-                arms[i] = self._place(req_ids[i])
+        slots = np.fromiter(found, dtype=np.intp, count=len(req_ids))
+        for i in np.flatnonzero(slots < 0).tolist():
+            if req_ids[i] in self._slots:
+                slots[i] = self._place(req_ids[i])
         # Copies the list, since runners may change theirs in place.
-        return _Batch(list(req_ids), arms, self._first_position[arms])
+        return _Batch(list(req_ids), slots, self._first_position[slots])
 
     def _place(self, req_id: str) -> int:
-        arm = self._arms[req_id]
+        slot = self._slots[req_id]
         index = self._free.pop()
         self._index[req_id] = index
-        self._circuit_slots.put(index, arm.rows, arm.steering.pairs)
-        self._vector_slots.put(index, arm.vector_rows, arm.steering.vectors)
-        self._first_position[index] = arm.first_position
+        self._circuit_entries.put(index, slot.rows, slot.steering.pairs)
+        self._vector_entries.put(index, slot.vector_rows, slot.steering.vectors)
+        self._first_position[index] = slot.first_position
         self._tokens[index] = 0
-        self._arms_changed = True
+        self._slots_changed = True
         return index
 
     def _route(self, batch: _Batch, counts: np.ndarray) -> None:
@@ -258,14 +260,14 @@ class SteeringState:
         steered = counts[:, 1]
         acting = np.flatnonzero(steered)
         end = int(acting[-1]) + 1 if acting.size else 0
-        arms = np.full((end, 2), -1, dtype=np.int32)
-        arms[:, 1] = batch.arms[:end]
-        self._write(np.repeat(arms, counts[:end].reshape(-1)))
-        self.step = SteeredRows(batch.req_ids, batch.arms, steered) if end else None
+        slots = np.full((end, 2), -1, dtype=np.int32)
+        slots[:, 1] = batch.slots[:end]
+        self._write(np.repeat(slots, counts[:end].reshape(-1)))
+        self.step = SteeredRows(batch.req_ids, batch.slots, steered) if end else None
 
     def _write(self, rows: np.ndarray) -> None:
-        """Brings ``rows``, -1 after them, and new arms to the device, in one copy or none."""
-        start = 0 if self._arms_changed else self._rows_start
+        """Brings ``rows``, -1 after them, and new slots to the device, in one copy or none."""
+        start = 0 if self._slots_changed else self._rows_start
         stop = self._rows_start
         if not np.array_equal(rows, self._rows[: self._end]):
             stop += max(len(rows), self._end)
@@ -274,10 +276,10 @@ class SteeringState:
             self._end = len(rows)
         if start < stop:
             self._staging.upload(start, stop)
-            self._arms_changed = False
+            self._slots_changed = False
 
     def _count(self, req_id: str, index: int) -> None:
         tokens = int(self._tokens[index])
         self._tokens[index] = 0
         if tokens:
-            self._steered_tokens.add(set(self._arms[req_id].steering.digests), tokens)
+            self._steered_tokens.add(set(self._slots[req_id].steering.digests), tokens)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from cna_kernels import mask_width
-from cna_vllm.packed import Packed
 from cna_vllm.serving.config import CircuitTableError
+from cna_vllm.steering.packed import Packed
 
 
 class ResidentTable(ABC):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cna_vllm.packed import Packed
 from cna_vllm.serving.worker.table import ResidentTable, positions
+from cna_vllm.steering.packed import Packed
 
 
 class VectorTable(ResidentTable):

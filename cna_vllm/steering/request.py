@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cna_vllm.circuit import show
-from cna_vllm.request_fields import (
+from cna_vllm.steering.circuit import show
+from cna_vllm.steering.request_fields import (
     CIRCUITS,
     DEFAULT_SCOPE,
     FIELD_CIRCUIT,

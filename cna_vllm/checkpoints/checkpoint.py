@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cna_vllm.models import model_dimensions
+from cna_vllm.checkpoints.models import model_dimensions
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 
-from cna_vllm.circuit import Circuit
+from cna_vllm.steering.circuit import Circuit
 
 
 def summarize(circuit: Circuit) -> str:

@@ -7,12 +7,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cna_vllm.circuit import Circuit
-from cna_vllm.packed import KindName
 from cna_vllm.serving.config import CircuitTableError, CnaConfigError
 from cna_vllm.serving.front.registry import Content, kind_of
 from cna_vllm.serving.seams.front_end import admission_of
-from cna_vllm.vectors import VectorSet
+from cna_vllm.steering.circuit import Circuit
+from cna_vllm.steering.packed import KindName
+from cna_vllm.steering.vectors import VectorSet
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from cna_vllm.files import write_atomic
-from cna_vllm.packed import Packed
+from cna_vllm.steering.packed import Packed
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_LAYERS = 2**16
@@ -136,7 +136,7 @@ class Circuit:
 
     def summary(self) -> str:
         """A few lines for people: model, size, where the neurons lie, origin, digest, notes."""
-        from cna_vllm import circuit_summary
+        from cna_vllm.steering import circuit_summary
 
         return circuit_summary.summarize(self)
 
@@ -154,7 +154,7 @@ class Circuit:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that `save` writes."""
-        from cna_vllm import circuit_file
+        from cna_vllm.steering import circuit_file
 
         return circuit_file.encode(self)
 
@@ -176,7 +176,7 @@ class Circuit:
         Raises:
             CircuitError: the data is not a valid circuit, or not one of the model named.
         """
-        from cna_vllm import circuit_file
+        from cna_vllm.steering import circuit_file
 
         return circuit_file.decode(data, model, architecture, num_layers, intermediate_size)
 
@@ -196,7 +196,7 @@ class Circuit:
         Raises:
             CircuitError: one line that starts with the file's name.
         """
-        from cna_vllm import circuit_file
+        from cna_vllm.steering import circuit_file
 
         try:
             data = circuit_file.read_json(path, max_bytes)

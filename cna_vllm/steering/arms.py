@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from cna_vllm.circuit import show
-from cna_vllm.request import (
+from cna_vllm.steering.circuit import show
+from cna_vllm.steering.request import (
     DEFAULT_SCOPE,
     SCOPES,
     CircuitRequest,

@@ -19,8 +19,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cna_vllm.circuit import show
-from cna_vllm.request_fields import (
+from cna_vllm.steering.circuit import show
+from cna_vllm.steering.request_fields import (
     FIELD_PREFIX,
     FIELD_RECORD,
     FIELDS,

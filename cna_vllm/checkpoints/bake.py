@@ -32,11 +32,17 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 import cna_vllm
-from cna_vllm.checkpoint import INDEX, WEIGHT_SUFFIXES, Checkpoint, CheckpointError, open_checkpoint
-from cna_vllm.circuit import Circuit
+from cna_vllm.checkpoints.checkpoint import (
+    INDEX,
+    WEIGHT_SUFFIXES,
+    Checkpoint,
+    CheckpointError,
+    open_checkpoint,
+)
+from cna_vllm.checkpoints.models import DEFAULT_MODEL, resolve_model
 from cna_vllm.files import write_atomic
-from cna_vllm.models import DEFAULT_MODEL, resolve_model
-from cna_vllm.request import FLOAT32_MAX
+from cna_vllm.steering.circuit import Circuit
+from cna_vllm.steering.request import FLOAT32_MAX
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from cna_vllm.circuit import Circuit, CircuitError, Neuron, checked_delta, is_int, show
+from cna_vllm.steering.circuit import Circuit, CircuitError, Neuron, checked_delta, is_int, show
 
 FORMAT = "cna-circuit"
 VERSION = 1

@@ -16,7 +16,8 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from cna_vllm.circuit import (
+from cna_vllm.files import write_atomic
+from cna_vllm.steering.circuit import (
     MAX_LAYERS,
     CircuitError,
     check_size,
@@ -26,9 +27,8 @@ from cna_vllm.circuit import (
     plain_json,
     show,
 )
-from cna_vllm.circuit_file import parse_json
-from cna_vllm.files import write_atomic
-from cna_vllm.packed import Packed
+from cna_vllm.steering.circuit_file import parse_json
+from cna_vllm.steering.packed import Packed
 
 Form = Literal["mlp", "residual"]
 FORMS: tuple[Form, ...] = ("mlp", "residual")

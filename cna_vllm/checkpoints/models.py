@@ -216,7 +216,7 @@ def _convert(source: Path, out: Path) -> None:
 
 
 def main() -> None:
-    """``python -m cna_vllm.models``: build the default model and print its folder."""
+    """``python -m cna_vllm.checkpoints.models``: build the default model and print its folder."""
     try:
         print(default_model_path())
     except ModelError as error:

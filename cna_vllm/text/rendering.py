@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cna_vllm.prompts import Prompt
+from cna_vllm.text.prompts import Prompt
 
 
 def has_template(tokenizer: Any) -> bool:
