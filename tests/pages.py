@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "cna_vllm/serving/README.md", "cna_vllm/evaluation/README.md")
+PAGES = (
+    "README.md",
+    "cna_vllm/cli/README.md",
+    "cna_vllm/serving/README.md",
+    "cna_vllm/evaluation/README.md",
+    "cna_vllm/baselines/README.md",
+)
 _NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
 
 

@@ -16,6 +16,7 @@ from cna_vllm.cli.options import OptionParser
 from tests.pages import PAGES, ROOT, blocks
 
 WRITES = {"--out", "--output", "--plot", "--control", "--save", "--registry-dir"}
+ROOTS = ("cna_vllm", "benchmarks", "tests")
 FILE = re.compile(r"\.(json|jsonl|txt|csv|yaml|safetensors)$")
 
 
@@ -98,3 +99,17 @@ def test_the_file_of_flags(tmp_path: Path) -> None:
     args = serve.server_args(rest)
     assert (args.max_model_len, args.dtype) == (512, "float32")
     assert args.additional_config == {"cna": {"circuits": {"other": "other.json"}}}
+
+
+def test_pages_are_read_in_minutes() -> None:
+    """A short front page, no crowded table cell, and no link to a file that is not there."""
+    assert len((ROOT / "README.md").read_text("utf-8").split("\n")) < 150
+    pages = [ROOT / "README.md", *(p for d in ROOTS for p in (ROOT / d).rglob("*.md"))]
+    assert {ROOT / page for page in PAGES} <= set(pages)
+    for page in pages:
+        text = page.read_text("utf-8")
+        for line in text.split("\n"):
+            if line.startswith("|"):
+                assert max(len(cell.split()) for cell in line.split("|")) <= 25, (page, line)
+        for target in re.findall(r"\]\(([^)#]+)", text):
+            assert target.startswith("https://") or (page.parent / target).exists(), (page, target)
