@@ -4,7 +4,8 @@ most engines on tiny models live.
 
 What the import reads from the environment is fixed for all forks: whether Triton is interpreted.
 Everything else is read when an engine starts, from the environment that each fork is given; what
-PyTorch and vLLM's logger read when imported is set from it again.
+PyTorch and vLLM's logger read when imported is set from it again. tests/README.md says what forks
+save and could hide.
 """
 
 from __future__ import annotations
@@ -17,17 +18,15 @@ import json
 import logging
 import os
 import runpy
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.processes import ROOT, SPAWN, Interpreters, Processes, python_path
 
 _IMPORTS = (
     "transformers",
@@ -45,28 +44,13 @@ _IMPORTS = (
 )
 
 
-def python_path() -> str:
-    """This checkout, and before what is installed whatever the tests themselves were given: the
-    second lane's vLLM."""
-    given = os.environ.get("PYTHONPATH")
-    return os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *([given] if given else [])])
-
-
 class ForksFailed(AssertionError):
     """The process that is forked ended by itself."""
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a fork ended: exit status (minus a signal), and what it and its children printed."""
-
-    status: int
-    output: str
-
-
 @dataclass
 class Fork:
-    """A running fork; what `subprocess.Popen` calls so."""
+    """A running fork."""
 
     pid: int
     ask: Callable[[Mapping[str, Any]], Any]
@@ -78,7 +62,6 @@ class Fork:
         return self.status
 
     def wait(self, timeout: float) -> int:
-        """Raises `subprocess.TimeoutExpired`."""
         end = time.monotonic() + timeout
         while (status := self.poll()) is None:
             if time.monotonic() > end:
@@ -87,7 +70,7 @@ class Fork:
         return status
 
 
-class Forks:
+class Forks(Processes):
     """A process that imports once and then runs each call in a fork."""
 
     def __init__(self, interpreted: bool) -> None:
@@ -108,34 +91,23 @@ class Forks:
         )
         atexit.register(self._end)
 
-    def run(
-        self, function: str, arguments: Sequence[Any], env: Mapping[str, str], timeout: int
-    ) -> Ended:
-        """``start``, and waits for its end.
-
-        Raises:
-            TimeoutError: it ran longer than ``timeout`` seconds and was killed, with its children.
-        """
-        with tempfile.NamedTemporaryFile("r", errors="replace") as log:
-            fork = self.start(function, arguments, env, Path(log.name))
-            try:
-                return Ended(fork.wait(timeout), log.read())
-            except subprocess.TimeoutExpired:
-                os.killpg(fork.pid, signal.SIGKILL)
-                fork.wait(60)
-                raise TimeoutError(f"no end after {timeout} s\n{log.read()[-20000:]}") from None
-
     def start(
         self, function: str, arguments: Sequence[Any], env: Mapping[str, str], log: Path
     ) -> Fork:
-        """Calls ``module:function`` with JSON ``arguments`` in a fork with the environment ``env``,
-        leader of a process group of its own; all that it prints is added to ``log``.
-
-        Raises:
-            ForksFailed: there is no process to fork any more.
-        """
+        """Raises ForksFailed: there is no process to fork any more."""
         job = {"function": function, "arguments": arguments, "env": dict(env), "log": str(log)}
         return Fork(self._ask({"start": job}), self._ask)
+
+    def start_module(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        env: Mapping[str, str],
+        log: Path,
+        folder: Path | None = None,
+    ) -> Fork:
+        call = [name, arguments, str(folder or ROOT)]
+        return self.start("tests.engine_forks:run_module", call, env, log)
 
     def _end(self) -> None:
         assert self._process.stdin is not None
@@ -152,9 +124,9 @@ class Forks:
 
 
 @functools.cache
-def forks(interpreted: bool) -> Forks:
-    """This process's, started when first asked for."""
-    return Forks(interpreted)
+def forks(interpreted: bool) -> Processes:
+    """This process's, started when first asked for; or what does without them."""
+    return Interpreters() if SPAWN else Forks(interpreted)
 
 
 def _serve() -> None:
@@ -218,9 +190,11 @@ def _run(job: Mapping[str, Any]) -> None:
     getattr(importlib.import_module(module), function)(*job["arguments"])
 
 
-def run_module(name: str, arguments: Sequence[str]) -> None:
-    """As `python -m name` does, but for what takes a process long that has all imported and that,
-    as the one that watches the command `cna-vllm`, would have nothing imported."""
+def run_module(name: str, arguments: Sequence[str], folder: str) -> None:
+    """As `python -m name` does in ``folder``, but for what takes a process long that has all
+    imported and that, as the one that watches the command `cna-vllm`, would have nothing
+    imported."""
+    os.chdir(folder)
     sys.argv = [name, *arguments]
     leader = os.getpid()
     try:

@@ -17,7 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tests.engine_forks import forks, python_path
+from tests.engine_forks import forks
+from tests.processes import python_path
 
 V1: Mapping[str, str] = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 """The engine core in a process of its own, as `LLM` has it: it imports vLLM once more."""
@@ -325,7 +326,7 @@ class _Steps:
 
 
 def run_job(job_path: str, result_path: str) -> None:
-    """What `run_engine` has a fork do."""
+    """What `run_engine` has a process do."""
     job = json.loads(Path(job_path).read_text())
     exec(job["setup"], {"__name__": "setup"})
     steps = _Steps(job["engine"])

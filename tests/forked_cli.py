@@ -3,6 +3,7 @@
 
 Each life is a whole run of the command. What is done once, before the fork, is what would take
 most of a short run's time: the imports and, unless a life shall start its own, the engine's start.
+With CNA_TEST_SPAWN=1 nothing is: each life is a `python -m cna_vllm` with an engine of its own.
 """
 
 from __future__ import annotations
@@ -15,16 +16,24 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.engine_forks import forks
 from tests.engine_job import V1_HERE, environment
+from tests.processes import SPAWN
+
+START = 10.0 if SPAWN else 2.0
+"""Seconds that a command takes about until its engine works."""
 
 
 def run_lives(
@@ -36,35 +45,53 @@ def run_lives(
 
     kills: each ends one life, after which the next one goes on: {"signal": 9, "rows": n} once n
         more rows are in the file `rows_of`, or {"signal": 9, "seconds": s} so long after the start
-        of a life with an engine of its own. All others have the first job's engine, whose only
-        life is not a fork.
+        of a life with an engine of its own. All others that are forks have the first job's
+        engine, whose only life is none.
     unfinished: whether there is no life after the last kill.
     keep: (folder, copy) made before it starts.
     """
+    env = environment(**{"VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", **V1_HERE, **env})
+    if SPAWN:
+        return [_lives(job, partial(_interpreter, env, timeout)) for job in jobs]
     with tempfile.TemporaryDirectory() as folder:
         job, result = Path(folder) / "job.json", Path(folder) / "result.json"
         job.write_text(json.dumps([dict(j) for j in jobs]))
         ended = forks(interpreted=False).run(
-            "tests.forked_cli:live",
-            [str(job), str(result)],
-            environment(
-                **{"VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", **V1_HERE, **env}
-            ),
-            timeout,
+            "tests.forked_cli:live", [str(job), str(result)], env, timeout
         )
         assert ended.status == 0, ended.output[-5000:]
         lives: list[list[dict[str, Any]]] = json.loads(result.read_text())
         return lives
 
 
-def _lives(job: Mapping[str, Any], engine: Any) -> list[dict[str, Any]]:
+def _lives(
+    job: Mapping[str, Any],
+    life: Callable[[Mapping[str, Any], Mapping[str, Any] | None], dict[str, Any]],
+) -> list[dict[str, Any]]:
     if "keep" in job:
         shutil.copytree(*job["keep"])
     ends = [*job.get("kills", []), *([] if job.get("unfinished") else [None])]
-    return [_life(job, engine, end) for end in ends]
+    return [life(job, end) for end in ends]
 
 
-def _life(job: Mapping[str, Any], engine: Any, kill: Mapping[str, Any] | None) -> dict[str, Any]:
+def _interpreter(
+    env: Mapping[str, str], timeout: int, job: Mapping[str, Any], kill: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        command = [sys.executable, "-m", "cna_vllm", *job["argv"]]
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
+        process = subprocess.Popen(command, env=dict(env), start_new_session=True, **streams)
+        if kill is not None:
+            _wait_for(kill, Path(job["rows_of"]), process.pid)
+            others = psutil.Process(process.pid).children(recursive=True)
+            os.killpg(process.pid, kill["signal"])
+            psutil.wait_procs(others, timeout)
+        return {"status": process.wait(timeout), "out": _text(out), "err": _text(err)}
+
+
+def _fork(
+    engine: Any, job: Mapping[str, Any], kill: Mapping[str, Any] | None
+) -> dict[str, Any]:
     from tqdm import tqdm
 
     from cna_vllm.cli import engine_args
@@ -147,7 +174,7 @@ def random_kills(count: int, most_rows: int, seed: int) -> list[dict[str, Any]]:
     """Kills after 1 to `most_rows` rows, and a tenth of them at any moment of an engine's start."""
     rng = random.Random(seed)
     return [
-        {"signal": signal.SIGKILL, "seconds": rng.uniform(0.0, 2.0)}
+        {"signal": signal.SIGKILL, "seconds": rng.uniform(0.0, START)}
         if i % 10 == 4
         else {"signal": signal.SIGKILL, "rows": rng.randint(1, most_rows)}
         for i in range(count)
@@ -160,5 +187,5 @@ def live(job_path: str, result_path: str) -> None:
     engine, life = _first_life(first)
     gc.collect()
     gc.freeze()  # or every life would collect all that was imported
-    lives = [[life], *(_lives(job, engine) for job in others)]
+    lives = [[life], *(_lives(job, partial(_fork, engine)) for job in others)]
     Path(result_path).write_text(json.dumps(lives))

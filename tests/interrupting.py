@@ -16,7 +16,6 @@ import importlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -28,11 +27,14 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.engine_forks import Fork, forks, run_module
+from tests.engine_forks import forks, run_module
+from tests.processes import ROOT, SPAWN, Interpreters, Process
 
 EXIT = "exit"
 """The moment when the interpreter exits."""
 UP = "Application startup complete"
+HOOK = "CNA_TEST_MOMENT"
+"""Where a process that is spawned finds the moment."""
 
 
 @dataclass(frozen=True)
@@ -86,21 +88,18 @@ class Interrupted:
         self._argv = argv
         self._stream: Stream | None = None
         self._ended: tuple[int, float] | None = None
-        self._process: subprocess.Popen[bytes] | Fork
+        hook = [moment.calls, moment.nth, whom, str(self._signalled)]
+        self._process: Process
         if moment.mapped or moment.child:
-            with open(self._log, "ab") as output:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "cna_vllm", *argv],
-                    env=dict(env),
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                )
+            self._process = Interpreters().start_module("cna_vllm", argv, env, self._log)
+        elif SPAWN:
+            hooked = {**env, HOOK: json.dumps(hook)}
+            self._process = Interpreters().start_module(
+                "tests.interrupting", argv, hooked, self._log
+            )
         else:
-            arguments = [list(argv), moment.calls, moment.nth, whom, str(self._signalled)]
             self._process = forks(interpreted=False).start(
-                "tests.interrupting:live", arguments, env, self._log
+                "tests.interrupting:live", [list(argv), hook], env, self._log
             )
 
     def has_ended(self) -> bool:
@@ -185,14 +184,21 @@ def interrupt_all(commands: Sequence[Interrupted], timeout: float) -> list[Ended
     return [command.end() for command in commands]
 
 
-def live(argv: Sequence[str], calls: str, nth: int, whom: str, signalled: str) -> None:
+def live(argv: Sequence[str], hook: Sequence[Any]) -> None:
     """What a fork does: it leads the group and the session of the command."""
+    _hook(*hook, leads=True)
+    run_module("cna_vllm", argv, str(ROOT))
+
+
+def _hook(calls: str, nth: int, whom: str, signalled: str, leads: bool) -> None:
+    """leads: this is the process that watches the command, whose own child is what exits."""
     interrupt = functools.partial(_interrupt, os.getpgrp(), whom, Path(signalled))
     if calls == EXIT:
-        atexit.register(interrupt)
+        if leads:
+            leader = os.getpid()
+            atexit.register(lambda: interrupt() if os.getpid() != leader else None)
     elif calls:
         _call_first(calls, nth, interrupt)
-    run_module("cna_vllm", argv)
 
 
 def _call_first(calls: str, nth: int, action: Callable[[], None]) -> None:
@@ -236,3 +242,12 @@ def _session(process: psutil.Process) -> int:
 
 def _key(process: psutil.Process) -> tuple[int, float]:
     return process.pid, process.create_time()
+
+
+if __name__ in ("__main__", "__mp_main__"):
+    _hook(*json.loads(os.environ[HOOK]), leads=__name__ == "__main__")
+
+if __name__ == "__main__":
+    from cna_vllm.cli import main
+
+    sys.exit(main())

@@ -11,9 +11,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from tests.processes import SPAWN
+
 
 def quicken() -> None:
-    """For the life of this process. TRITON_INTERPRET must have been set before Triton's import."""
+    """For the life of this process, unless tests do without tricks. TRITON_INTERPRET must have been
+    set before Triton's import."""
+    if SPAWN:
+        return
     from triton import language
     from triton.runtime import interpreter
 

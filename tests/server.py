@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -20,8 +19,9 @@ import openai
 import psutil
 
 from tests import engine_job
-from tests.engine_forks import Fork, forks
+from tests.engine_forks import forks
 from tests.engine_job import V1
+from tests.processes import Interpreters, Process
 
 KEY = "secret"
 
@@ -30,7 +30,7 @@ KEY = "secret"
 class Server:
     """A running server and how to reach it."""
 
-    process: subprocess.Popen[bytes] | Fork
+    process: Process
     url: str
 
     def http(self, **options: Any) -> httpx.Client:
@@ -76,20 +76,8 @@ def serve(
         port = probe.getsockname()[1]
     argv = ["serve", model, "--host", "127.0.0.1", "--port", str(port)]
     argv += ["--api-key", KEY, "--dtype", "float32", *arguments]
-    process: subprocess.Popen[bytes] | Fork
-    if spawned:
-        with open(log, "ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "cna_vllm", *argv],
-                env=environment(**env),
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-    else:
-        process = forks("TRITON_INTERPRET" in env).start(
-            "tests.engine_forks:run_module", ["cna_vllm", argv], environment(**env), log
-        )
+    processes = Interpreters() if spawned else forks("TRITON_INTERPRET" in env)
+    process = processes.start_module("cna_vllm", argv, environment(**env), log)
     server = Server(process, f"http://127.0.0.1:{port}")
     try:
         _wait_until_up(server, log)

@@ -57,9 +57,7 @@ def test_a_batch_file(smollm2: Subject, tmp_path: Path) -> None:
     command += ["--served-model-name=smollm2", "--dtype=float32", "--enforce-eager"]
     command += ["--max-model-len=512", "--additional-config", json.dumps({"cna": section})]
     runner = "vllm.entrypoints.openai.run_batch"
-    run = forks(interpreted=False).run(
-        "tests.engine_forks:run_module", [runner, command], environment(), timeout=600
-    )
+    run = forks(interpreted=False).run_module(runner, command, environment(), timeout=600)
     assert run.status == 0, run.output[-6000:]
     replies = [json.loads(line) for line in done.read_text().splitlines()]
     assert [reply["custom_id"] for reply in replies] == [str(i) for i in range(len(lines))]

@@ -39,25 +39,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(work: Path, *argv: str, status: int = 0) -> str:
-    """One command in a fork that starts in `work`; returns what it printed."""
-    ended = forks(interpreted=False).run(
-        "tests.integration.test_commands:call",
-        [str(work), argv],
-        environment(**V1_HERE, VLLM_LOGGING_LEVEL="ERROR"),
-        timeout=300,
-    )
+    """One command that starts in `work`; returns what it printed."""
+    env = environment(**V1_HERE, VLLM_LOGGING_LEVEL="ERROR")
+    ended = forks(interpreted=False).run_module("cna_vllm", argv, env, timeout=300, folder=work)
     assert ended.status == status, ended.output[-6000:]
     return ended.output
-
-
-def call(folder: str, argv: list[str]) -> None:
-    import os
-    import sys
-
-    from cna_vllm.cli import main
-
-    os.chdir(folder)
-    sys.exit(main(argv))
 
 
 SETS = ["--positive=positive.txt", "--negative=negative.txt", "--universal=none"]
