@@ -27,8 +27,10 @@ from cna_vllm.steering.vectors import VectorError, VectorSet
 
 
 def block_key(extra_args: Any, prompt_len: int, end: int) -> tuple[str, str] | None:
-    key = steering_key(extra_args, prompt_len)
-    return None if key is None else key.of_block(end)
+    resolved = (extra_args or {}).get("cna_resolved")
+    if resolved is None:
+        return None
+    return steering_key(Steering.from_field(resolved), prompt_len).of_block(end)
 
 
 HIDDEN, WIDTH, LAYERS = 6, 13, 3

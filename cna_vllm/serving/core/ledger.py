@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cna_vllm.serving.step_report import SentReport, StepReport, TokenCounts
-from cna_vllm.steering.request import FIELD_CIRCUIT, FIELD_MULTIPLIER, RESOLVED_FIELD, Steering
+from cna_vllm.steering.request import FIELD_CIRCUIT, FIELD_MULTIPLIER, Steering
 
 OVERFLOW = f"{FIELD_MULTIPLIER}: the steered activations left the range of "
 UNCOUNTED = f"{FIELD_CIRCUIT}: steered "
@@ -54,13 +54,10 @@ class Ledger:
         self._tainted: set[int] = set()
         self._scrub: set[int] = set()
 
-    def begin(self, req_id: str, extra_args: Mapping[str, Any] | None, prompt_len: int) -> None:
-        """Takes in a request that runs its first step."""
-        resolved = (extra_args or {}).get(RESOLVED_FIELD)
-        if resolved is not None:
-            steering = Steering.from_field(resolved)
-            self._first[req_id] = steering.first_position(prompt_len)
-            self._digests[req_id] = frozenset(steering.digests)
+    def begin(self, req_id: str, steering: Steering, prompt_len: int) -> None:
+        """Takes in a steered request that runs its first step."""
+        self._first[req_id] = steering.first_position(prompt_len)
+        self._digests[req_id] = frozenset(steering.digests)
 
     def end(self, req_id: str) -> None:
         """Forgets a request."""

@@ -17,7 +17,7 @@ not fit.
 
 The others only read or call: ``model``: classes and configuration of a model; ``attach``: hooks a
 loaded one; ``quantization``: what is fused with its activations; ``kv_blocks``: a worker's cache;
-``offline``: an ``LLM``; ``gate``: where admission is held; ``served_names``: an API server;
+``offline``: an ``LLM``; ``gate``: what of ours its objects hold; ``served_names``: an API server;
 ``command_line``: flags; ``platform``: the machine.
 """
 

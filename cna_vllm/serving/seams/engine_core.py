@@ -6,16 +6,17 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from cna_vllm.serving.config import CircuitTableError, CnaConfig
 from cna_vllm.serving.core.admission import CoreAdmission
 from cna_vllm.serving.core.cache_keys import BlockKey, steering_key
 from cna_vllm.serving.seams.api_server import validation_error
+from cna_vllm.serving.seams.gate import keep_steering, steering_of
 from cna_vllm.serving.seams.wrapping import Wrap, wrap
 from cna_vllm.steering.packed import KindName, Packed
-from cna_vllm.steering.request import RESOLVED_FIELD, Steering, SteeringError
+from cna_vllm.steering.request import SteeringError
 
 logger = logging.getLogger("vllm.cna")
 ASLEEP = "the engine sleeps, and its memory is elsewhere; wake it up first"
@@ -41,14 +42,13 @@ def _block_keys(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         request: Any, start_token_idx: int, end_token_idx: int
     ) -> list[Any]:
         keys = original(request, start_token_idx, end_token_idx)
-        params = request.sampling_params
-        if params is None or not params.extra_args:
+        if (steering := steering_of(request)) is None:
             return keys
         held = vars(request)
         if "cna_key" not in held:
-            held["cna_key"] = steering_key(params.extra_args, request.num_prompt_tokens)
-        steered: BlockKey | None = held["cna_key"]
-        key = None if steered is None else steered.of_block(end_token_idx)
+            held["cna_key"] = steering_key(steering, request.num_prompt_tokens)
+        steered: BlockKey = held["cna_key"]
+        key = steered.of_block(end_token_idx)
         return keys if key is None else [*keys, key]
 
     return _gen_prompt_embeds_extra_hash_keys
@@ -88,7 +88,8 @@ class ResidentContent:
     def begin_load(self, requests: Iterable[Any]) -> list[str]:
         """Digests of the scheduler's requests and of those on their way. What is unloaded and not
         among them may be overwritten: from now on no request gets it."""
-        known = {d for request in requests for d in _digests(request)}
+        steered = (steering_of(request) for request in requests)
+        known = {d for steering in steered if steering for d in steering.digests}
         with self._lock:
             wanted = known.union(*self._pending.values())
             self._resident &= self._loaded.keys() | wanted
@@ -110,12 +111,6 @@ class ResidentContent:
         """How many of a kind requests may use."""
         with self._lock:
             return sum(one == kind for one in self._loaded.values())
-
-
-def _digests(request: Any) -> Iterator[str]:
-    extra_args = getattr(request.sampling_params, "extra_args", None) or {}
-    if (resolved := extra_args.get(RESOLVED_FIELD)) is not None:
-        yield from Steering.from_field(resolved).digests
 
 
 def _content_of(core: Any) -> ResidentContent:
@@ -146,6 +141,7 @@ def _preprocess_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
             raise validation_error(error) from error
         if steering is None:
             return original(self, request)
+        keep_steering(request, steering)
         content = _content_of(self)
         content.hold(request.request_id, steering.digests)
         try:

@@ -9,6 +9,7 @@ from typing import Any
 
 from cna_vllm.serving.config import CnaConfig
 from cna_vllm.serving.core.ledger import Ledger
+from cna_vllm.serving.seams.gate import steering_of
 from cna_vllm.serving.seams.wrapping import Wrap, wrap
 
 REPORT_ATTRIBUTE = "cna_report"  # of a ModelRunnerOutput
@@ -43,8 +44,8 @@ def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
             for req_id in output.finished_req_ids:
                 self.cna_ledger.end(req_id)
             for new in output.scheduled_new_reqs:
-                extra_args = getattr(new.sampling_params, "extra_args", None)
-                self.cna_ledger.begin(new.req_id, extra_args, new.prompt_len)
+                if (steering := steering_of(new)) is not None:
+                    self.cna_ledger.begin(new.req_id, steering, new.prompt_len)
             if scrub := self.cna_ledger.take_scrub():
                 setattr(output, SCRUB_ATTRIBUTE, scrub)
         return output
