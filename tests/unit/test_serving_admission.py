@@ -350,7 +350,7 @@ def test_an_adapter_of_circuits_that_share_neurons_is_warned_of(
     registry.register("polite", POLITE)
     registry.register("wide", Circuit("m", "A", 2, 16, (Neuron(0, 0), Neuron(1, 1))))
     adapter = Adapter.from_dict({"circuit": circuits, "multiplier": multipliers})
-    registry.register_adapter("both", adapter)
+    registry.register("both", adapter)
     logger = logging.getLogger("vllm.cna")
     # vLLM configures it where it is imported, and other tests choose a level.
     monkeypatch.setattr(logger, "disabled", False)

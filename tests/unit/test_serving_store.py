@@ -172,16 +172,16 @@ def test_a_circuit_of_another_model_in_the_registry_is_refused(tmp_path: Path) -
 def test_names_are_shared_by_circuits_adapters_and_models(tmp_path: Path) -> None:
     names = registry(tmp_path)
     names.register("a", circuit(1))
-    names.register_adapter("off", Adapter.parse("a@0"))
+    names.register("off", Adapter.parse("a@0"))
     for taken in (lambda: names.register("off", circuit(1)),
-                  lambda: names.register_adapter("a", Adapter.parse("a@0"))):  # fmt: skip
+                  lambda: names.register("a", Adapter.parse("a@0"))):  # fmt: skip
         with pytest.raises(CnaConfigError, match="choose another"):
             taken()
     with pytest.raises(CnaConfigError, match="served model"):
         names.reserve(["off"])
     with pytest.raises(SteeringError, match="used by the adapter 'off'"):
         names.unregister("circuit", "a")
-    names.unregister_adapter("off")
+    names.unregister("adapter", "off")
     assert names.unregister("circuit", "a") == circuit(1)
 
 

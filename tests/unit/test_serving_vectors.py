@@ -290,7 +290,7 @@ def test_admission_resolves_vectors_and_keys_blocks_by_them() -> None:
 
 def test_circuits_and_vectors_share_one_space_of_names() -> None:
     registry = make_admission().registry
-    registry.register_adapter("french", Adapter.parse("off@0"))
+    registry.register("french", Adapter.parse("off@0"))
     registry.check_free("new", "circuit")
     registry.check_free("off", "circuit")  # to be replaced
     held = {"off": "circuit", "v": "vector", "french": "adapter"}

@@ -65,8 +65,7 @@ def _contents(engine: Any) -> list[Packed]:
     gate = gate_of(engine)
     if gate is None:
         return []
-    contents = {c.digest: c for c in gate.registry.names().contents.values()}
-    return [content.packed() for content in contents.values()]
+    return [content.packed() for content in gate.registry.names().contents().values()]
 
 
 def _refuse(report: Mapping[str, Any]) -> None:

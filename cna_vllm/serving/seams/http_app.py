@@ -36,8 +36,7 @@ def _names(app: Any) -> Iterable[str]:
     gate = gate_of(app.state.openai_serving_models)
     if gate is None:
         return ()
-    names = gate.registry.names()
-    return {*names.contents, *names.adapters}
+    return gate.registry.names().entries
 
 
 async def _catch_up(app: Any) -> None:
