@@ -79,7 +79,7 @@ class Engines:
             case "cna_unload":
                 return [table.unload(args[0])]
             case "cna_status" | "cna_counters" if not self.failing:
-                return [{"circuits": table.loaded(), "table_bytes": table.nbytes}]
+                return [{"circuits": table.loaded(), "vectors": (), "table_bytes": table.nbytes}]
         return AssertionError(method)
 
 
@@ -238,3 +238,17 @@ def test_an_engine_that_cannot_hold_what_is_named_stops_the_start(tmp_path: Path
         plane.gate.registry.register(name, circuit(ord(name) - ord("a")))
     with pytest.raises(CnaConfigError, match="cannot hold what is configured: all 1 circuit rows"):
         asyncio.run(plane.reconcile())
+
+
+def test_two_api_servers_that_read_different_files_do_not_both_start(tmp_path: Path) -> None:
+    """A file that is replaced while they start: one name would stand for two contents."""
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    one, two = Plane(tmp_path / "one"), Plane(tmp_path / "two")
+    two.workers.tables = one.workers.tables
+    for index, plane in enumerate((one, two)):
+        plane.gate.registry.unregister("vector", "caa")
+        plane.gate.registry.register("a", circuit(index))
+    asyncio.run(one.reconcile())
+    with pytest.raises(CnaConfigError, match="different content under the same names"):
+        asyncio.run(two.reconcile())

@@ -60,33 +60,53 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     assert names == sorted(["circuits", "registry.json", f"{circuit(1).digest}.json"])
 
 
-def test_one_server_at_a_time_until_all_its_processes_have_ended(tmp_path: Path) -> None:
-    code = (
-        "import os, sys, time\n"
-        "from cna_vllm.serving.front.store import RegistryStore\n"
-        "RegistryStore(sys.argv[1]).claim()\n"
-        "child = os.fork()\n"  # as an engine's process is: it may outlive its server
-        "if child:\n"
-        "    print(child, flush=True)\n"
-        "time.sleep(600)\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
+SERVER = """
+import multiprocessing, sys, time
+from cna_vllm.serving.front.store import RegistryStore
+
+def front_end(told):
+    RegistryStore(sys.argv[1]).claim()
+    told.put(multiprocessing.current_process().pid)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[2])
+    RegistryStore(sys.argv[1]).claim()
+    told = context.Queue()
+    for _ in range(2):
+        context.Process(target=front_end, args=(told,)).start()
+    print(told.get(timeout=60), told.get(timeout=60), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_one_server_at_a_time_until_all_its_processes_have_ended(
+    tmp_path: Path, method: str
+) -> None:
+    """Whoever started them and however: API servers may outlive it."""
+    script, folder = tmp_path / "server.py", tmp_path / "registry"
+    script.write_text(SERVER)
+    command = [sys.executable, str(script), str(folder), method]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
-        child = int(server.stdout.readline())
+        front_ends = [int(pid) for pid in server.stdout.readline().split()]
+        assert len(front_ends) == 2, "a front end of the same server was refused"
         try:
-            with pytest.raises(StoreError, match="another server uses it"):
-                RegistryStore(tmp_path).claim()
-            server.kill()
+            for pid in (server.pid, front_ends[0]):
+                with pytest.raises(StoreError, match="another server uses it"):
+                    RegistryStore(folder).claim()
+                os.kill(pid, signal.SIGKILL)
             server.wait()
             with pytest.raises(StoreError, match="another server uses it"):
-                RegistryStore(tmp_path).claim()
+                RegistryStore(folder).claim()
         finally:
             server.kill()
-            os.kill(child, signal.SIGKILL)
+            for pid in front_ends:
+                os.kill(pid, signal.SIGKILL)
     for _ in range(1000):
         try:
-            os.close(RegistryStore(tmp_path).claim())
+            os.close(RegistryStore(folder).claim())
             return
         except StoreError:
             time.sleep(0.01)

@@ -150,6 +150,7 @@ class Registry:
         if config.registry_dir is not None:
             # Not before: a look at the store keeps pinned names only.
             registry.store = RegistryStore(config.registry_dir)
+            registry.store.claim()
             registry.refresh()
         return registry
 

@@ -10,11 +10,13 @@ at most circuit files that no manifest names, which the next change removes.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +57,27 @@ class RegistryStore:
             raise StoreError(f"registry directory {directory}: {error.strerror}") from error
 
     def claim(self) -> int:
-        """Makes this process, and those it starts, the only server of the directory until all of
-        them have ended; returns the descriptor that says so, to be kept open.
+        """Lets this process use the directory, until it ends, beside others of its deployment;
+        returns the descriptor that says so. Every front end claims, and who starts front ends.
 
         Other servers' workers would not hold what is loaded here. Raises StoreError if one runs.
         """
         descriptor = os.open(self._directory / "server", os.O_RDWR | os.O_CREAT, 0o644)
+        mine = _deployment()
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, mine, 0)
         except BlockingIOError:
+            pass  # others use it; which deployment's they are, it says
+        fcntl.flock(descriptor, fcntl.LOCK_SH)  # waits for no longer than one takes to write
+        # Whoever holds a shared lock is of the deployment that is named: writing takes them all.
+        if os.pread(descriptor, 2 * len(mine), 0) != mine:
             os.close(descriptor)
             raise StoreError(
                 f"registry directory {self._directory}: another server uses it; give each server "
                 "one of its own"
-            ) from None
+            )
         return descriptor
 
     def stamp(self) -> tuple[int, ...]:
@@ -134,6 +143,12 @@ class RegistryStore:
 
     def _path(self, digest: str) -> Path:
         return self._circuits / f"{digest}.json"
+
+
+def _deployment() -> bytes:
+    """The same in a process and in all that it starts, by fork or spawn, as vLLM starts its own;
+    another one in every other process."""
+    return hashlib.sha256(current_process().authkey).hexdigest().encode()
 
 
 def _contents(data: Any) -> Contents:

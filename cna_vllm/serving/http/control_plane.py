@@ -106,8 +106,7 @@ class ControlPlane:
     async def reconcile(self) -> None:
         """Once per start, before anything is served: all engines hold what the registry names."""
         async with self._change("start"):
-            await ready(self._engine)
-            reports = await self._rpc("cna_status")
+            reports = await ready(self._engine)
         control_metrics().table_bytes.set(reports[0][0]["table_bytes"])
 
     def entries(self, kind: Kind) -> Mapping[str, Entry]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
+from cna_vllm.serving.front.store import RegistryStore
 from cna_vllm.serving.seams.gate import gate_of
 from cna_vllm.serving.seams.wrapping import Wrap, wrap
 from cna_vllm.steering.packed import Packed
@@ -43,21 +45,36 @@ def _async_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
     return add_request
 
 
-async def ready(engine_client: Any) -> None:
+async def ready(engine_client: Any) -> list[Any]:
     """Returns when every engine holds what this front end's names stood for when it was first
-    asked. Raises CnaConfigError, each time, where one does not take it."""
+    asked: the engines' workers' status then.
+
+    Raises CnaConfigError, each time, where one does not take it, or holds other content too.
+    """
     held = vars(engine_client)
     if "cna_ready" not in held:
         held["cna_ready"] = asyncio.ensure_future(_push(engine_client))
     if not held["cna_ready"].done() or held["cna_ready"].exception() is not None:
         await asyncio.shield(held["cna_ready"])
+    engines: list[Any] = held["cna_ready"].result()
+    return engines
 
 
-async def _push(engine_client: Any) -> None:
-    for content in await asyncio.to_thread(_contents, engine_client):
-        for reports in await call_every_engine(engine_client, "cna_load", tuple(content)):
-            for report in reports:
-                _refuse(report)
+async def _push(engine_client: Any) -> list[Any]:
+    contents = await asyncio.to_thread(_contents, engine_client)
+    for content in contents:
+        for report in chain(*await call_every_engine(engine_client, "cna_load", tuple(content))):
+            _refuse(report)
+    if gate_of(engine_client) is None:
+        return []
+    engines = await call_every_engine(engine_client, "cna_status", ())
+    named = {content.digest for content in contents}
+    if any({*report["circuits"], *report["vectors"]} != named for report in chain(*engines)):
+        raise CnaConfigError(
+            "cna: this API server and another one read different content under the same names: a "
+            "file was changed while they started; start the server again"
+        )
+    return engines
 
 
 def _contents(engine: Any) -> list[Packed]:
@@ -109,10 +126,10 @@ def _bind_engine_zmq_listeners(original: Callable[..., Any]) -> Callable[..., An
     def bind_engine_zmq_listeners(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm import envs
 
-        if (
-            envs.VLLM_USE_RUST_FRONTEND
-            and CnaConfig.from_additional_config(vllm_config.additional_config) is not None
-        ):
+        config = CnaConfig.from_additional_config(vllm_config.additional_config)
+        if config is not None and config.registry_dir is not None:
+            RegistryStore(config.registry_dir).claim()
+        if config is not None and envs.VLLM_USE_RUST_FRONTEND:
             raise CnaConfigError(
                 "VLLM_USE_RUST_FRONTEND: the Rust front end does not admit requests for circuits; "
                 "unset it, or start the server without a cna key"
