@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
 
 from cna_vllm.serving.front.guard import SteeringGuard
 from cna_vllm.serving.seams.gate import gate_of
-from cna_vllm.serving.seams.wrapping import wrap
+from cna_vllm.serving.seams.wrapping import Original, adding, wrap
 
 
 def install() -> None:
@@ -20,16 +20,15 @@ def install() -> None:
     wrap(app, "init_entrypoints_middleware", _init_entrypoints_middleware)
 
 
-def _init_entrypoints_middleware(original: Callable[..., None]) -> Callable[..., None]:
+@adding
+def _init_entrypoints_middleware(
+    original: Original, args: Any, app: Any, *more: Any, **kwargs: Any
+) -> None:
     """Called once all routes are there. What is added last is outermost: the guard is within the
     API key's check, and within whatever the operator added, which may rewrite requests."""
-
-    def init_entrypoints_middleware(args: Any, app: Any, *more: Any, **kwargs: Any) -> None:
-        app.add_route("/v1/models/{model:path}", _model, methods=["GET"])
-        app.add_middleware(SteeringGuard, names=_names, catch_up=_catch_up)
-        original(args, app, *more, **kwargs)
-
-    return init_entrypoints_middleware
+    app.add_route("/v1/models/{model:path}", _model, methods=["GET"])
+    app.add_middleware(SteeringGuard, names=_names, catch_up=_catch_up)
+    original(args, app, *more, **kwargs)
 
 
 def _names(app: Any) -> Iterable[str]:
