@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from cna_vllm.steering.request import FIELD_RECORD, SteeringError
+
 CONFIG_KEY = "cna"
 SECRET_VARIABLE = "CNA_VLLM_SECRET"
 """Environment variable with the secret of a deployment's seals (``serving/seal.py``). Unset, the
@@ -21,6 +23,12 @@ class CnaConfigError(ValueError):
 
 class CircuitTableError(RuntimeError):
     """A circuit or vector cannot be made resident, or a request names one that is not."""
+
+
+WITHOUT_CONFIG = (
+    "this engine was started without circuits; start it with "
+    "additional_config={'cna': {'circuits': {...}}}"
+)
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,15 @@ class CnaConfig:
                     f"cna.vectors[{name!r}] has the name of a circuit or adapter; choose another"
                 )
         return config
+
+    def check_recording_group(self, group: Any) -> None:
+        """Raises SteeringError unless the engine records, and ``group`` can name what it keeps."""
+        if not self.record:
+            raise SteeringError(
+                FIELD_RECORD, "this engine does not record; start it with cna.record = true"
+            )
+        if not isinstance(group, str) or not 0 < len(group) <= 64:
+            raise SteeringError(FIELD_RECORD, "must be a group name of 1 to 64 characters")
 
 
 _LEAST = {

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from cna_kernels import DTYPES, EAGER, act_and_mul_scaled, backend, scale_reference
 from cna_kernels.activations import ACCURATE
-from cna_vllm.serving.doctor.check import Check
+from cna_vllm.serving.doctor import Check
 from cna_vllm.serving.seams.platform import device_name, device_type
 
 DISTRIBUTION = "cna-vllm"

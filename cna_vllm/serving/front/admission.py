@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from cna_vllm.serving.config import CnaConfig
-from cna_vllm.serving.fields import WITHOUT_CONFIG, check_recording_group
+from cna_vllm.serving.config import WITHOUT_CONFIG, CnaConfig
 from cna_vllm.serving.front.adapter import Adapter
 from cna_vllm.serving.front.registry import Registry
 from cna_vllm.serving.seal import Seal, deployment_secret
@@ -143,11 +142,11 @@ class Admission:
             return False
         self._seal.opened(extra_args[RESOLVED_FIELD])
         if FIELD_RECORD in ours:
-            check_recording_group(self.config, extra_args[FIELD_RECORD])
+            self.config.check_recording_group(extra_args[FIELD_RECORD])
         return True
 
     def _recording_group(self, group: Any, other_fields: Mapping[str, Any]) -> str:
-        check_recording_group(self.config, group)
+        self.config.check_recording_group(group)
         if other_fields:
             raise SteeringError(
                 FIELD_RECORD,

@@ -25,7 +25,7 @@ from cna_vllm.serving.front.metrics import control_metrics
 from cna_vllm.serving.front.registry import Entry
 from cna_vllm.serving.front.store import StoreError
 from cna_vllm.serving.seams.engines import call_every_engine, ready
-from cna_vllm.serving.seams.served_names import ServedNames
+from cna_vllm.serving.seams.http_app import ServedNames
 from cna_vllm.steering.circuit import Circuit, CircuitError, show
 from cna_vllm.steering.circuit_file import parse_json
 from cna_vllm.steering.request import FIELD_CIRCUIT, SteeringError

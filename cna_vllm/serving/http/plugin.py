@@ -43,7 +43,7 @@ class CnaEndpoints:
         from cna_vllm.serving.config import CnaConfigError
         from cna_vllm.serving.http.control_plane import ControlPlane
         from cna_vllm.serving.seams.gate import gate_of
-        from cna_vllm.serving.seams.served_names import ServedNames, api_process
+        from cna_vllm.serving.seams.http_app import ServedNames, api_process
 
         gate = gate_of(engine_client)
         state.cna_control = None

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seams of vLLM's HTTP application: the guard around its routes, and one model by its name."""
+"""Seams of vLLM's HTTP application: the guard around its routes, one model by its name, which API
+server process it is of, and the names that are not ours."""
 
 from __future__ import annotations
 
@@ -59,3 +60,25 @@ async def _model(request: Any) -> Any:
     problem = f"The model `{wanted}` does not exist."
     error = create_error_response(problem, "NotFoundError", HTTPStatus.NOT_FOUND, "model")
     return JSONResponse(error.model_dump(), status_code=HTTPStatus.NOT_FOUND)
+
+
+def api_process(engine_client: Any) -> tuple[int, int]:
+    """The rank of this API server process, -1 for one that is not told, and how many there are."""
+    parallel = engine_client.vllm_config.parallel_config
+    return parallel._api_process_rank, parallel._api_process_count
+
+
+class ServedNames:
+    """The served model's names and those of LoRA adapters, as they are now."""
+
+    def __init__(self, app_state: Any) -> None:
+        """app_state: of vLLM's application, after it has made its ``OpenAIServingModels``."""
+        self._models = app_state.openai_serving_models
+
+    def is_base(self, name: str) -> bool:
+        """Whether it is a name of the served model."""
+        return bool(self._models.is_base_model(name))
+
+    def is_lora(self, name: str) -> bool:
+        """Whether it is the name of a LoRA adapter that is loaded."""
+        return name in self._models.lora_requests
