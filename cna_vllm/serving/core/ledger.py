@@ -46,8 +46,7 @@ class Ledger:
 
     def __init__(self, dtype: str) -> None:
         self._dtype = dtype
-        self._first: dict[str, int] = {}
-        self._digests: dict[str, frozenset[str]] = {}
+        self._steered: dict[str, tuple[int, frozenset[str]]] = {}  # first position, digests
         self._tokens = TokenCounts()
         self._failed: set[str] = set()
         # Blocks with unsound contents: those that others still hold, and those to be zeroed.
@@ -56,13 +55,12 @@ class Ledger:
 
     def begin(self, req_id: str, steering: Steering, prompt_len: int) -> None:
         """Takes in a steered request that runs its first step."""
-        self._first[req_id] = steering.first_position(prompt_len)
-        self._digests[req_id] = frozenset(steering.digests)
+        first = steering.first_position(prompt_len)
+        self._steered[req_id] = first, frozenset(steering.digests)
 
     def end(self, req_id: str) -> None:
         """Forgets a request."""
-        self._first.pop(req_id, None)
-        self._digests.pop(req_id, None)
+        self._steered.pop(req_id, None)
         self._failed.discard(req_id)
 
     def check(
@@ -76,22 +74,22 @@ class Ledger:
         scheduled: request id -> tokens of the step. computed_before: (request id, its tokens
         computed before the step) of each; read only while a steered request runs.
         """
-        if not self._first:
+        if not self._steered:
             return {}
         wrong: dict[str, str] = {}
         rows: Mapping[str, int] = {} if report is None else report.rows()
         for req_id, computed in computed_before:
-            first = self._first.get(req_id)
-            if first is None or req_id not in scheduled:
+            if req_id not in self._steered or req_id not in scheduled:
                 continue
+            first, digests = self._steered[req_id]
             tokens = scheduled[req_id]
             expected = tokens if computed >= first else max(computed + tokens - first, 0)
             steered = rows.get(req_id, 0)
             if steered != expected:
                 wrong[req_id] = uncounted_message(steered, expected)
-            self._tokens.add(self._digests[req_id], steered)
+            self._tokens.add(digests, steered)
         for req_id in report.overflowed() if report is not None else ():
-            if req_id in self._first:
+            if req_id in self._steered:
                 wrong[req_id] = overflow_message(self._dtype)
                 self._failed.add(req_id)
         return wrong
@@ -106,9 +104,9 @@ class Ledger:
         computed, in_flight: tokens that it was scheduled for, and those of them in steps whose
         report has not come yet. None where all are known to be sound.
         """
-        first = self._first.get(req_id)
-        if first is None or not (in_flight or req_id in self._failed):
+        if req_id not in self._steered or not (in_flight or req_id in self._failed):
             return None
+        first, _ = self._steered[req_id]
         return first if req_id in self._failed else max(first, computed - in_flight)
 
     def taint(self, blocks: Iterable[int]) -> None:

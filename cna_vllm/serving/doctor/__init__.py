@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One promise, what was seen, and whether it holds: what `doctor` and `demo` print."""
+"""What this machine can do, and a self-test of a running engine: promises, what was seen of each,
+and whether it holds."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Check:
-    """``seen`` of one that does not hold also says what to do, where that is known."""
+    """One promise. ``seen`` of one that does not hold also says what to do, where that is known."""
 
     claim: str
     seen: str
