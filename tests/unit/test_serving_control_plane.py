@@ -83,14 +83,6 @@ class Engines:
         return AssertionError(method)
 
 
-class Names:
-    def is_base(self, name: str) -> bool:
-        return name == "base"
-
-    def is_lora(self, name: str) -> bool:
-        return False
-
-
 class Plane(ControlPlane):
     def __init__(self, folder: Path, rows: Sequence[int] = (4,)) -> None:
         self.workers = Engines(rows)
@@ -102,9 +94,10 @@ class Plane(ControlPlane):
         )
         registry = Registry.from_config(config, ServedModel("m", "A", LAYERS, WIDTH, 6))
         registry.register("caa", VectorSet("mlp", "m", "A", LAYERS, 6, {0: np.ones(6)}))
+        registry.reserve(["base"])
         self.gate = Admission(config, registry)
         self.workers.input_processor = SimpleNamespace(cna_admission=self.gate)
-        super().__init__(self.workers, Names(), self.gate)
+        super().__init__(self.workers, lambda name: name == "lora", self.gate)
 
 
 @pytest.fixture
@@ -118,7 +111,7 @@ def refused(action: Any) -> ControlError:
     return error.value
 
 
-@pytest.mark.parametrize("name", ["caa", "base", "off"])
+@pytest.mark.parametrize("name", ["caa", "base", "lora", "off"])
 def test_a_circuit_takes_no_name_of_another_kind(plane: Plane, name: str) -> None:
     asyncio.run(plane.load("circuit", "a", "0.json"))
     asyncio.run(plane.load("adapter", "off", {"circuit": "a", "multiplier": 0}))

@@ -17,7 +17,7 @@ import pytest
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.front.adapter import Adapter
 from cna_vllm.serving.front.registry import Registry, ServedModel
-from cna_vllm.serving.front.store import Contents, RegistryStore, StoreError
+from cna_vllm.serving.front.store import RegistryStore, Stored, StoreError
 from cna_vllm.steering.circuit import Circuit, CircuitError, Neuron
 from cna_vllm.steering.request import SteeringError
 
@@ -31,16 +31,16 @@ def circuit(index: int) -> Circuit:
 def save(store: RegistryStore, circuits: dict[str, Circuit], **adapters: Adapter) -> None:
     for one in circuits.values():
         store.save_circuit(one)
-    store.write(Contents({name: c.digest for name, c in circuits.items()}, adapters))
+    store.write({**{name: c.digest for name, c in circuits.items()}, **adapters})
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     store = RegistryStore(tmp_path / "registry")
-    assert store.read() == Contents() and store.stamp() == ()
+    assert store.read() == {} and store.stamp() == ()
     save(store, {"a": circuit(1), "b": circuit(2)}, off=Adapter.parse("a@0:all"))
     contents = RegistryStore(tmp_path / "registry").read()
-    assert contents.circuits == {"a": circuit(1).digest, "b": circuit(2).digest}
-    assert contents.adapters["off"] == Adapter.parse("a@0:all")
+    circuits = {"a": circuit(1).digest, "b": circuit(2).digest}
+    assert contents == {**circuits, "off": Adapter.parse("a@0:all")}
     assert store.circuit(circuit(1).digest).neurons == circuit(1).neurons
 
 
@@ -173,7 +173,7 @@ def test_a_restart_with_configured_adapters_and_a_filled_registry(tmp_path: Path
     }
     assert names.adapter("off") == Adapter.from_dict({"circuit": "a", "multiplier": 0})
     assert names.adapter("more") == Adapter.parse("a@2+b@0")
-    assert set(names.stored().circuits) == {"b"} and set(names.stored().adapters) == {"more"}
+    assert set(names.stored()) == {"b", "more"}
 
 
 def test_configured_names_are_pinned(tmp_path: Path) -> None:
@@ -208,14 +208,14 @@ def test_names_are_shared_by_circuits_adapters_and_models(tmp_path: Path) -> Non
 WRITER = """
 import sys
 from cna_vllm.steering.circuit import Circuit, Neuron
-from cna_vllm.serving.front.store import Contents, RegistryStore
+from cna_vllm.serving.front.store import RegistryStore
 store, step = RegistryStore(sys.argv[1]), int(sys.argv[2])
 while True:
     step += 1
     one = Circuit("m", "A", 2, 4096, tuple(Neuron(0, step % 4000 + i, 0.5) for i in range(90)))
     with store.locked():
         store.save_circuit(one)
-        store.write(Contents({f"step-{step}": one.digest}))
+        store.write({f"step-{step}": one.digest})
     print(step, flush=True)
 """
 
@@ -236,7 +236,7 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
         acknowledged = max([acknowledged, *map(int, writer.stdout.read().split())])
         writer.wait()
         contents = RegistryStore(tmp_path).read()
-        ((name, digest),) = contents.circuits.items()
+        ((name, digest),) = contents.items()
         step = int(name.removeprefix("step-"))
         assert step in (acknowledged, acknowledged + 1)
         assert RegistryStore(tmp_path).circuit(digest).digest == digest
@@ -253,7 +253,7 @@ def test_a_reader_between_two_writes_sees_one_of_them(tmp_path: Path) -> None:
     assert store is not None
     read = store.read
 
-    def overtaken() -> Contents:
+    def overtaken() -> Stored:
         contents = read()
         store.read = read  # type: ignore[method-assign]
         save(writer, {"a": circuit(2)})

@@ -19,21 +19,6 @@ OVERFLOW = f"{FIELD_MULTIPLIER}: the steered activations left the range of "
 UNCOUNTED = f"{FIELD_CIRCUIT}: steered "
 
 
-def overflow_message(dtype: str) -> str:
-    """Why a request that overflowed was ended."""
-    return (
-        f"{OVERFLOW}{dtype}; use a multiplier nearer to 1, fewer neurons or, in float16, bfloat16"
-    )
-
-
-def uncounted_message(steered: int, expected: int) -> str:
-    """Why a request was ended of which not exactly the right rows were steered."""
-    return (
-        f"{UNCOUNTED}{steered} token rows of a step in place of {expected}; the request was ended, "
-        "since its text would not be that of its circuit"
-    )
-
-
 def failure_of(message: str) -> str:
     """What a message is of: `overflow`, `uncounted`, or a request that the core `refused`."""
     if message.startswith(OVERFLOW):
@@ -86,11 +71,17 @@ class Ledger:
             expected = tokens if computed >= first else max(computed + tokens - first, 0)
             steered = rows.get(req_id, 0)
             if steered != expected:
-                wrong[req_id] = uncounted_message(steered, expected)
+                wrong[req_id] = (
+                    f"{UNCOUNTED}{steered} token rows of a step in place of {expected}; the "
+                    "request was ended, since its text would not be that of its circuit"
+                )
             self._tokens.add(digests, steered)
         for req_id in report.overflowed() if report is not None else ():
             if req_id in self._steered:
-                wrong[req_id] = overflow_message(self._dtype)
+                wrong[req_id] = (
+                    f"{OVERFLOW}{self._dtype}; use a multiplier nearer to 1, fewer neurons or, in "
+                    "float16, bfloat16"
+                )
                 self._failed.add(req_id)
         return wrong
 

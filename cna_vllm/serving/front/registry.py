@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from cna_vllm.serving.config import CnaConfig, CnaConfigError, check_name
 from cna_vllm.serving.front.adapter import Adapter
-from cna_vllm.serving.front.store import Contents, RegistryStore, StoreError
+from cna_vllm.serving.front.store import RegistryStore, Stored, StoreError
 from cna_vllm.steering.circuit import Circuit, show
 from cna_vllm.steering.packed import KindName
 from cna_vllm.steering.request import FIELD_CIRCUIT, FIELD_VECTOR, SteeringError
@@ -273,25 +273,27 @@ class Registry:
             for name, entry in self._names.entries.items()
             if name in self.pinned or isinstance(entry, VectorSet)
         }
-        for name in (*stored.circuits, *stored.adapters):
+        for name, one in stored.items():
             if name in self.pinned:
                 raise StoreError(
                     f"the registry directory holds {show(name)}, which the configuration names "
                     "too; remove one of them"
                 )
-        for name, digest in stored.circuits.items():
-            content = known.get(digest) or store.circuit(digest)
-            self.served.check(content)
-            entries[name] = content
-        return Names({**entries, **stored.adapters})
+            if isinstance(one, Adapter):
+                entries[name] = one
+            else:
+                content = known.get(one) or store.circuit(one)
+                self.served.check(content)
+                entries[name] = content
+        return Names(entries)
 
-    def stored(self) -> Contents:
-        """What belongs into the registry directory: every name that is not pinned."""
-        names = self._names
-        return Contents(
-            {n: c.digest for n, c in names.circuits.items() if n not in self.pinned},
-            {n: a for n, a in names.adapters.items() if n not in self.pinned},
-        )
+    def stored(self) -> Stored:
+        """What belongs into the registry directory: circuits and adapters that are not pinned."""
+        return {
+            name: entry if isinstance(entry, Adapter) else entry.digest
+            for name, entry in self._names.entries.items()
+            if name not in self.pinned and not isinstance(entry, VectorSet)
+        }
 
 
 def a_kind(kind: str | None) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any, Literal
@@ -25,7 +25,6 @@ from cna_vllm.serving.front.metrics import control_metrics
 from cna_vllm.serving.front.registry import Entry
 from cna_vllm.serving.front.store import StoreError
 from cna_vllm.serving.seams.engines import call_every_engine, ready
-from cna_vllm.serving.seams.http_app import ServedNames
 from cna_vllm.steering.circuit import Circuit, CircuitError, show
 from cna_vllm.steering.circuit_file import parse_json
 from cna_vllm.steering.request import FIELD_CIRCUIT, SteeringError
@@ -53,12 +52,13 @@ class ControlError(Exception):
 class ControlPlane:
     """The circuits and adapters of one API server process.
 
-    engine_client: vLLM's, for calls of its engines.
+    engine_client: vLLM's, for calls of its engines. is_lora: whether a name is that of a LoRA
+    adapter, now; those of the start, and of models, the registry knows.
     """
 
-    def __init__(self, engine_client: Any, names: ServedNames, gate: Admission) -> None:
+    def __init__(self, engine_client: Any, is_lora: Callable[[str], bool], gate: Admission) -> None:
         self._engine = engine_client
-        self._others = names
+        self._is_lora = is_lora
         self._gate = gate
         self._registry = gate.registry
         self._turn = asyncio.Lock()
@@ -71,7 +71,7 @@ class ControlPlane:
         field, started = f"{kind}_name", time.monotonic()
         async with self._change(f"load_{kind}", field, name):
             self._registry.check_free(name, kind)
-            if self._others.is_base(name) or self._others.is_lora(name):
+            if self._is_lora(name):
                 problem = f"{show(name)} is the name of a model or of a LoRA adapter"
                 raise ControlError(field, problem)
             previous = self._registry.names().of(kind).get(name)
@@ -185,7 +185,7 @@ class ControlPlane:
     def _adapter(self, value: Mapping[str, Any]) -> Adapter:
         adapter = Adapter.from_dict(value)
         self._gate.admit(adapter.fields)
-        if adapter.lora is not None and not self._others.is_lora(adapter.lora):
+        if adapter.lora is not None and not self._is_lora(adapter.lora):
             raise ControlError("lora", f"no LoRA adapter is named {show(adapter.lora)}", 404)
         return adapter
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seams of vLLM's HTTP application: the guard around its routes, one model by its name, which API
-server process it is of, and the names that are not ours."""
+server process it is of, and its LoRA adapters."""
 
 from __future__ import annotations
 
@@ -68,17 +68,6 @@ def api_process(engine_client: Any) -> tuple[int, int]:
     return parallel._api_process_rank, parallel._api_process_count
 
 
-class ServedNames:
-    """The served model's names and those of LoRA adapters, as they are now."""
-
-    def __init__(self, app_state: Any) -> None:
-        """app_state: of vLLM's application, after it has made its ``OpenAIServingModels``."""
-        self._models = app_state.openai_serving_models
-
-    def is_base(self, name: str) -> bool:
-        """Whether it is a name of the served model."""
-        return bool(self._models.is_base_model(name))
-
-    def is_lora(self, name: str) -> bool:
-        """Whether it is the name of a LoRA adapter that is loaded."""
-        return name in self._models.lora_requests
+def is_lora(app_state: Any, name: str) -> bool:
+    """Whether it is the name of a LoRA adapter that is loaded."""
+    return name in app_state.openai_serving_models.lora_requests
