@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from cna_vllm.steering.circuit import is_int
 from cna_vllm.steering.request import FIELD_RECORD, SteeringError
 
 CONFIG_KEY = "cna"
@@ -92,10 +93,10 @@ class CnaConfig:
         config = cls(**{**section, **paths})
         for name, least in _LEAST.items():
             value = getattr(config, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not is_int(value) or value < least:
                 raise CnaConfigError(f"cna.{name} must be a whole number of at least {least}")
         limit = config.max_multiplier
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= 1e6:
+        if not (is_int(limit) or isinstance(limit, float)) or not 0 < limit <= 1e6:
             raise CnaConfigError("cna.max_multiplier must be a number above 0 and up to 1e6")
         if not isinstance(config.adapters, Mapping):
             raise CnaConfigError("cna.adapters must map names to objects")
@@ -107,16 +108,13 @@ class CnaConfig:
                 raise CnaConfigError(f"cna.{name} must be the absolute path of a folder")
         if not isinstance(config.record, bool):
             raise CnaConfigError("cna.record must be true or false")
-        if len(config.circuits) > config.max_circuits:
-            raise CnaConfigError(
-                f"cna.circuits names {len(config.circuits)} circuits, more than cna.max_circuits "
-                f"= {config.max_circuits}; raise max_circuits"
-            )
-        if len(config.vectors) > config.max_vectors:
-            raise CnaConfigError(
-                f"cna.vectors names {len(config.vectors)} sets of vectors, more than "
-                f"cna.max_vectors = {config.max_vectors}; raise max_vectors"
-            )
+        for kind, noun in (("circuits", "circuits"), ("vectors", "sets of vectors")):
+            count, most = len(getattr(config, kind)), getattr(config, f"max_{kind}")
+            if count > most:
+                raise CnaConfigError(
+                    f"cna.{kind} names {count} {noun}, more than cna.max_{kind} = {most}; raise "
+                    f"max_{kind}"
+                )
         for name in config.vectors:
             if name in config.circuits or name in config.adapters:
                 raise CnaConfigError(
