@@ -48,9 +48,8 @@ def main() -> None:
     for name in ids:
         state.add(name, steering, PROMPT)
     ledger, ones = Ledger("bfloat16"), np.ones(count, dtype=np.int32)
-    field = {"cna_resolved": steering.to_field()}
     for name in ids:
-        ledger.begin(name, field, PROMPT)
+        ledger.begin(name, steering, PROMPT)
     scheduled, before = dict.fromkeys(ids, 1), [(name, PROMPT) for name in ids]
     computed = np.full(count, PROMPT, dtype=np.int32)
     marks = torch.zeros(count, dtype=torch.int32, device=device)

@@ -19,7 +19,7 @@ from cna_vllm.checkpoints.models import DEFAULT_MODEL
 from cna_vllm.cli.options import OptionParser, UsageError
 from cna_vllm.reading.profile import strongest
 from cna_vllm.reading.report import neurons_text, profile_text, readings_text
-from cna_vllm.serving.doctor.check import Check
+from cna_vllm.serving.doctor import Check
 from cna_vllm.serving.seams.offline import engine_of
 from cna_vllm.text.prompts import Prompt, read_prompts
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cna_vllm import __version__
 from cna_vllm.cli.options import OptionParser, UsageError
-from cna_vllm.serving.doctor.check import Check
+from cna_vllm.serving.doctor import Check
 from cna_vllm.serving.seams.offline import engine_of
 
 if TYPE_CHECKING:

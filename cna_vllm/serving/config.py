@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from cna_vllm.steering.circuit import is_int
+from cna_vllm.steering.request import FIELD_RECORD, SteeringError
+
 CONFIG_KEY = "cna"
 SECRET_VARIABLE = "CNA_VLLM_SECRET"
 """Environment variable with the secret of a deployment's seals (``serving/seal.py``). Unset, the
@@ -21,6 +24,12 @@ class CnaConfigError(ValueError):
 
 class CircuitTableError(RuntimeError):
     """A circuit or vector cannot be made resident, or a request names one that is not."""
+
+
+WITHOUT_CONFIG = (
+    "this engine was started without circuits; start it with "
+    "additional_config={'cna': {'circuits': {...}}}"
+)
 
 
 @dataclass(frozen=True)
@@ -84,10 +93,10 @@ class CnaConfig:
         config = cls(**{**section, **paths})
         for name, least in _LEAST.items():
             value = getattr(config, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not is_int(value) or value < least:
                 raise CnaConfigError(f"cna.{name} must be a whole number of at least {least}")
         limit = config.max_multiplier
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= 1e6:
+        if not (is_int(limit) or isinstance(limit, float)) or not 0 < limit <= 1e6:
             raise CnaConfigError("cna.max_multiplier must be a number above 0 and up to 1e6")
         if not isinstance(config.adapters, Mapping):
             raise CnaConfigError("cna.adapters must map names to objects")
@@ -99,22 +108,28 @@ class CnaConfig:
                 raise CnaConfigError(f"cna.{name} must be the absolute path of a folder")
         if not isinstance(config.record, bool):
             raise CnaConfigError("cna.record must be true or false")
-        if len(config.circuits) > config.max_circuits:
-            raise CnaConfigError(
-                f"cna.circuits names {len(config.circuits)} circuits, more than cna.max_circuits "
-                f"= {config.max_circuits}; raise max_circuits"
-            )
-        if len(config.vectors) > config.max_vectors:
-            raise CnaConfigError(
-                f"cna.vectors names {len(config.vectors)} sets of vectors, more than "
-                f"cna.max_vectors = {config.max_vectors}; raise max_vectors"
-            )
+        for kind, noun in (("circuits", "circuits"), ("vectors", "sets of vectors")):
+            count, most = len(getattr(config, kind)), getattr(config, f"max_{kind}")
+            if count > most:
+                raise CnaConfigError(
+                    f"cna.{kind} names {count} {noun}, more than cna.max_{kind} = {most}; raise "
+                    f"max_{kind}"
+                )
         for name in config.vectors:
             if name in config.circuits or name in config.adapters:
                 raise CnaConfigError(
                     f"cna.vectors[{name!r}] has the name of a circuit or adapter; choose another"
                 )
         return config
+
+    def check_recording_group(self, group: Any) -> None:
+        """Raises SteeringError unless the engine records, and ``group`` can name what it keeps."""
+        if not self.record:
+            raise SteeringError(
+                FIELD_RECORD, "this engine does not record; start it with cna.record = true"
+            )
+        if not isinstance(group, str) or not 0 < len(group) <= 64:
+            raise SteeringError(FIELD_RECORD, "must be a group name of 1 to 64 characters")
 
 
 _LEAST = {

@@ -73,15 +73,15 @@ class StepReport:
         return SentReport, (self.rows(), self.overflowed())
 
 
+@dataclass(frozen=True)
 class SentReport:
     """A `StepReport` as it crosses from the worker's process to the core's."""
 
-    def __init__(self, rows: dict[str, int], overflowed: set[str]) -> None:
-        self._rows = rows
-        self._overflowed = overflowed
+    steered: dict[str, int]
+    hit: set[str]
 
     def rows(self) -> dict[str, int]:
-        return self._rows
+        return self.steered
 
     def overflowed(self) -> set[str]:
-        return self._overflowed
+        return self.hit

@@ -151,8 +151,13 @@ def fuzz(spoken: Subject, http: httpx.Client) -> list[str]:
         if 400 <= reply.status_code < 500:
             continue
         arm = body_fuzzer.arm_of(endpoint, request)
-        if outputs is None or arm is None or not all(
-            steered(tuple(endpoint.prompt), tuple(tokens), json.dumps(arm)) for tokens in outputs
+        if (
+            outputs is None
+            or arm is None
+            or not all(
+                steered(tuple(endpoint.prompt), tuple(tokens), json.dumps(arm))
+                for tokens in outputs
+            )
         ):
             problems.append(f"try {number}, {endpoint.path}: {request}: {reply.text[:200]}")
     print("bodies", dict(counts))

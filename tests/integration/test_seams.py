@@ -18,9 +18,14 @@ import torch
 import vllm
 
 from cna_vllm.serving import plugin
+from cna_vllm.serving.config import CnaConfig
+from cna_vllm.serving.core.admission import CoreAdmission
+from cna_vllm.serving.seal import Seal, deployment_secret
 from cna_vllm.serving.seams import SUPPORTED, engine_core
 from cna_vllm.serving.seams.engine_core import ResidentContent
+from cna_vllm.serving.seams.gate import steering_of
 from cna_vllm.serving.seams.wrapping import wrap
+from cna_vllm.steering.request import Steering
 
 
 def parameters(function: object) -> list[str]:
@@ -672,3 +677,53 @@ def test_command_line_seam() -> None:
     assert seen == ['{"a": 1}', "{}", '{"b": {"c_d": 2}}']
     assert parameters(ServeSubcommand.validate) == ["self", "args"]
     assert parameters(ServeSubcommand.cmd) == ["args"]
+
+
+def test_a_core_reads_the_steering_of_a_request_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its arrival through vLLM's own objects: the keys of all its blocks, what the scheduler
+    is told of it, and what a load must keep."""
+    from vllm import SamplingParams
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.core.sched.output import NewRequestData
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.request import Request
+
+    read, seen = Steering.from_field, []
+    monkeypatch.setattr(Steering, "from_field", lambda field: seen.append(field) or read(field))
+    name = "_gen_prompt_embeds_extra_hash_keys"
+    block_keys = engine_core._block_keys(inspect.unwrap(getattr(kv_cache_utils, name)))
+    monkeypatch.setattr(kv_cache_utils, name, block_keys)
+    kv_cache_utils.init_none_hash(sha256)
+    hasher = kv_cache_utils.get_request_block_hasher(16, sha256)
+    preprocess = engine_core._preprocess_add_request(
+        lambda core, arrived: Request.from_engine_core_request(arrived, hasher)
+    )
+    content = ResidentContent()
+    content.end_load("circuit", "a" * 64, [{"resident": ["a" * 64]}])
+    core = SimpleNamespace(cna_content=content, cna_admission=CoreAdmission(CnaConfig()))
+    steering = Steering((("a" * 64, 0.5),), "all")
+    sealed = {"cna_resolved": Seal(deployment_secret()).sealed(steering)}
+    plain, steered = (
+        preprocess(
+            core,
+            EngineCoreRequest(
+                request_id="r",
+                prompt_token_ids=list(range(64)),
+                mm_features=None,
+                sampling_params=SamplingParams(max_tokens=1, extra_args=extra_args),
+                pooling_params=None,
+                arrival_time=0.0,
+                lora_request=None,
+                cache_salt=None,
+                data_parallel_rank=None,
+            ),
+        )
+        for extra_args in (None, sealed)
+    )
+    assert len(plain.block_hashes) == 4
+    assert not set(plain.block_hashes) & set(steered.block_hashes)
+    assert steering_of(NewRequestData.from_request(steered, ())) == steering
+    assert steering_of(NewRequestData.from_request(plain, ())) is None
+    assert content.begin_load([plain, steered]) == ["a" * 64]
+    assert len(seen) == 1

@@ -13,8 +13,7 @@ import torch
 import cna_kernels
 from cna_vllm.cli import engine_args, main
 from cna_vllm.serving import seams
-from cna_vllm.serving.doctor import environment
-from cna_vllm.serving.doctor.check import Check
+from cna_vllm.serving.doctor import Check, environment
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from cna_vllm.serving.config import SECRET_VARIABLE, CnaConfig, CnaConfigError
 from cna_vllm.serving.front.adapter import Adapter
 from cna_vllm.serving.front.admission import (
     Admission,
+    admit_or_refuse,
     asks_for_steering,
     has_fields,
     is_sealed,
-    refuse_without_config,
 )
 from cna_vllm.serving.front.registry import Registry, ServedModel
 from cna_vllm.steering.circuit import Circuit, CircuitError, Neuron
@@ -222,13 +222,13 @@ def test_misplaced_and_misspelt_fields_are_refused(asked: dict[str, Any], field:
 @pytest.mark.parametrize("asked", [fields(), {"cna_typo": 1}, {"cna_record": "g"}, {"CNA": 1}])
 def test_an_engine_without_circuits_refuses(asked: dict[str, Any]) -> None:
     with pytest.raises(SteeringError, match=r"started without circuits.*additional_config"):
-        refuse_without_config({**OTHERS, **asked})
+        admit_or_refuse(None, {**OTHERS, **asked})
     assert has_fields({**OTHERS, **asked})
 
 
 @pytest.mark.parametrize("asked", [None, {}, OTHERS, {1: 2}, {"vector": 1}])
 def test_an_engine_without_circuits_serves_plain_requests(asked: Any) -> None:
-    refuse_without_config(asked)
+    admit_or_refuse(None, asked or {})
     assert not has_fields(asked)
 
 
@@ -350,7 +350,7 @@ def test_an_adapter_of_circuits_that_share_neurons_is_warned_of(
     registry.register("polite", POLITE)
     registry.register("wide", Circuit("m", "A", 2, 16, (Neuron(0, 0), Neuron(1, 1))))
     adapter = Adapter.from_dict({"circuit": circuits, "multiplier": multipliers})
-    registry.register_adapter("both", adapter)
+    registry.register("both", adapter)
     logger = logging.getLogger("vllm.cna")
     # vLLM configures it where it is imported, and other tests choose a level.
     monkeypatch.setattr(logger, "disabled", False)

@@ -14,12 +14,14 @@ from cna_vllm.serving.core.cache_keys import steering_key
 from cna_vllm.serving.front.admission import Admission
 from cna_vllm.serving.front.registry import Registry, ServedModel
 from cna_vllm.steering.circuit import Circuit, Neuron
-from cna_vllm.steering.request import SCOPES
+from cna_vllm.steering.request import SCOPES, Steering
 
 
 def block_key(extra_args: Any, prompt_len: int, end: int) -> tuple[str, str] | None:
-    key = steering_key(extra_args, prompt_len)
-    return None if key is None else key.of_block(end)
+    resolved = (extra_args or {}).get("cna_resolved")
+    if resolved is None:
+        return None
+    return steering_key(Steering.from_field(resolved), prompt_len).of_block(end)
 
 
 NAMES = ("a", "b", "c")

@@ -79,16 +79,8 @@ class Engines:
             case "cna_unload":
                 return [table.unload(args[0])]
             case "cna_status" | "cna_counters" if not self.failing:
-                return [{"circuits": table.loaded(), "table_bytes": table.nbytes}]
+                return [{"circuits": table.loaded(), "vectors": (), "table_bytes": table.nbytes}]
         return AssertionError(method)
-
-
-class Names:
-    def is_base(self, name: str) -> bool:
-        return name == "base"
-
-    def is_lora(self, name: str) -> bool:
-        return False
 
 
 class Plane(ControlPlane):
@@ -102,9 +94,10 @@ class Plane(ControlPlane):
         )
         registry = Registry.from_config(config, ServedModel("m", "A", LAYERS, WIDTH, 6))
         registry.register("caa", VectorSet("mlp", "m", "A", LAYERS, 6, {0: np.ones(6)}))
+        registry.reserve(["base"])
         self.gate = Admission(config, registry)
         self.workers.input_processor = SimpleNamespace(cna_admission=self.gate)
-        super().__init__(self.workers, Names(), self.gate)
+        super().__init__(self.workers, lambda name: name == "lora", self.gate)
 
 
 @pytest.fixture
@@ -118,11 +111,11 @@ def refused(action: Any) -> ControlError:
     return error.value
 
 
-@pytest.mark.parametrize("name", ["caa", "base", "off"])
+@pytest.mark.parametrize("name", ["caa", "base", "lora", "off"])
 def test_a_circuit_takes_no_name_of_another_kind(plane: Plane, name: str) -> None:
-    asyncio.run(plane.load_circuit("a", "0.json"))
-    asyncio.run(plane.load_adapter("off", {"circuit": "a", "multiplier": 0}))
-    error = refused(plane.load_circuit(name, "1.json"))
+    asyncio.run(plane.load("circuit", "a", "0.json"))
+    asyncio.run(plane.load("adapter", "off", {"circuit": "a", "multiplier": 0}))
+    error = refused(plane.load("circuit", name, "1.json"))
     assert (error.field, error.status) == ("circuit_name", 400)
     assert f"the name {name!r} is that of" in str(error) or "is the name of a model" in str(error)
     assert set(plane.gate.registry.names().circuits) == {"a"}
@@ -131,7 +124,7 @@ def test_a_circuit_takes_no_name_of_another_kind(plane: Plane, name: str) -> Non
 
 def test_without_a_circuit_folder_nothing_is_loaded(plane: Plane) -> None:
     plane.gate.config = replace(plane.gate.config, circuit_dir=None)
-    error = refused(plane.load_circuit("a", "0.json"))
+    error = refused(plane.load("circuit", "a", "0.json"))
     assert (error.field, error.status) == ("circuit_path", 403)
     assert plane.workers.table.resident() == ()
 
@@ -140,7 +133,7 @@ def test_a_registry_that_cannot_be_written_changes_nothing(
     plane: Plane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The reason and the folder are in the log only; the row is given back."""
-    asyncio.run(plane.load_circuit("a", "0.json"))
+    asyncio.run(plane.load("circuit", "a", "0.json"))
 
     def full(self: RegistryStore, contents: Any) -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "r" / "registry.json"))
@@ -149,10 +142,10 @@ def test_a_registry_that_cannot_be_written_changes_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(RegistryStore, "write", full)
         for action in (
-            plane.load_circuit("b", "1.json"),
-            plane.load_circuit("a", "1.json", load_inplace=True),
-            plane.load_adapter("off", {"circuit": "a", "multiplier": 0}),
-            plane.unload_circuit("a"),
+            plane.load("circuit", "b", "1.json"),
+            plane.load("circuit", "a", "1.json", load_inplace=True),
+            plane.load("adapter", "off", {"circuit": "a", "multiplier": 0}),
+            plane.unload("circuit", "a"),
         ):
             error = refused(action)
             assert (error.field, error.status) == ("cna", 503)
@@ -161,15 +154,15 @@ def test_a_registry_that_cannot_be_written_changes_nothing(
             assert not plane.gate.registry.names().adapters
             assert plane.workers.table.loaded() == (circuit(0).digest,)
     assert "No space left on device" in caplog.text
-    asyncio.run(plane.load_circuit("a", "1.json", load_inplace=True))
+    asyncio.run(plane.load("circuit", "a", "1.json", load_inplace=True))
     assert plane.workers.table.loaded() == (circuit(1).digest,)
 
 
 @pytest.mark.parametrize("during", [False, True])
 def test_a_dead_engine_is_told_and_names_stay(plane: Plane, during: bool) -> None:
-    asyncio.run(plane.load_circuit("a", "0.json"))
+    asyncio.run(plane.load("circuit", "a", "0.json"))
     plane.workers.errored, plane.workers.dying = not during, during
-    error = refused(plane.load_circuit("b", "1.json"))
+    error = refused(plane.load("circuit", "b", "1.json"))
     assert (error.field, error.status) == ("cna", 503) and "engine has died" in str(error)
     assert plane.gate.registry.names().circuits == {"a": circuit(0)}
 
@@ -190,31 +183,31 @@ def test_a_load_that_one_engine_refuses_is_undone_on_the_others(
     tmp_path: Path, rows: tuple[int, int]
 ) -> None:
     plane = Plane(tmp_path, rows)
-    asyncio.run(plane.load_circuit("a", "0.json"))
+    asyncio.run(plane.load("circuit", "a", "0.json"))
     for action in (
-        plane.load_circuit("b", "1.json"),
-        plane.load_circuit("a", "1.json", load_inplace=True),
+        plane.load("circuit", "b", "1.json"),
+        plane.load("circuit", "a", "1.json", load_inplace=True),
     ):
         error = refused(action)
         assert (error.field, error.status) == ("cna_circuit", 409)
         assert "all 1 circuit rows are in use" in str(error)
         assert plane.gate.registry.names().circuits == {"a": circuit(0)}
         assert loaded(plane) == [(circuit(0).digest,)] * 2
-    asyncio.run(plane.load_circuit("c", "0.json"))  # the same content needs no row
-    error = refused(plane.load_circuit("c", "1.json", load_inplace=True))
+    asyncio.run(plane.load("circuit", "c", "0.json"))  # the same content needs no row
+    error = refused(plane.load("circuit", "c", "1.json", load_inplace=True))
     assert error.status == 409 and loaded(plane) == [(circuit(0).digest,)] * 2
     for name in ("a", "c"):
-        asyncio.run(plane.unload_circuit(name))
-    asyncio.run(plane.load_circuit("b", "1.json"))
+        asyncio.run(plane.unload("circuit", name))
+    asyncio.run(plane.load("circuit", "b", "1.json"))
     assert loaded(plane) == [(circuit(1).digest,)] * 2
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_load_that_one_engine_fails_is_undone_on_the_others(tmp_path: Path, rank: int) -> None:
     plane = Plane(tmp_path, (4, 4))
-    asyncio.run(plane.load_circuit("a", "0.json"))
+    asyncio.run(plane.load("circuit", "a", "0.json"))
     plane.workers.failing.add(rank)
-    error = refused(plane.load_circuit("b", "1.json"))
+    error = refused(plane.load("circuit", "b", "1.json"))
     assert (error.field, error.status) == ("cna", 503)
     assert "memory" not in str(error), "the reason is in the log"
     assert plane.gate.registry.names().circuits == {"a": circuit(0)}
@@ -225,7 +218,7 @@ def test_every_engine_gets_what_the_registry_names(tmp_path: Path) -> None:
     """At the start engines hold nothing, or what another server's front end gave them."""
     plane = Plane(tmp_path, (4, 4))
     plane.gate.registry.unregister("vector", "caa")
-    asyncio.run(plane.load_circuit("a", "0.json"))
+    asyncio.run(plane.load("circuit", "a", "0.json"))
     plane.workers.tables[0].unload(circuit(0).digest)
     asyncio.run(plane.reconcile())
     assert loaded(plane) == [(circuit(0).digest,)] * 2
@@ -238,3 +231,17 @@ def test_an_engine_that_cannot_hold_what_is_named_stops_the_start(tmp_path: Path
         plane.gate.registry.register(name, circuit(ord(name) - ord("a")))
     with pytest.raises(CnaConfigError, match="cannot hold what is configured: all 1 circuit rows"):
         asyncio.run(plane.reconcile())
+
+
+def test_two_api_servers_that_read_different_files_do_not_both_start(tmp_path: Path) -> None:
+    """A file that is replaced while they start: one name would stand for two contents."""
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    one, two = Plane(tmp_path / "one"), Plane(tmp_path / "two")
+    two.workers.tables = one.workers.tables
+    for index, plane in enumerate((one, two)):
+        plane.gate.registry.unregister("vector", "caa")
+        plane.gate.registry.register("a", circuit(index))
+    asyncio.run(one.reconcile())
+    with pytest.raises(CnaConfigError, match="different content under the same names"):
+        asyncio.run(two.reconcile())

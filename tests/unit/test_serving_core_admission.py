@@ -17,8 +17,10 @@ from cna_vllm.steering.request import Steering, SteeringError
 
 
 def block_key(extra_args: Any, prompt_len: int, end: int) -> tuple[str, str] | None:
-    key = steering_key(extra_args, prompt_len)
-    return None if key is None else key.of_block(end)
+    resolved = (extra_args or {}).get("cna_resolved")
+    if resolved is None:
+        return None
+    return steering_key(Steering.from_field(resolved), prompt_len).of_block(end)
 
 
 A, B, V = "a" * 64, "b" * 64, "c" * 64

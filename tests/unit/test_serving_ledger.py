@@ -16,10 +16,8 @@ from cna_vllm.steering.request import Steering
 DIGEST = "a" * 64
 
 
-def fields(scope: str | None) -> dict[str, object] | None:
-    if scope is None:
-        return None
-    return {"cna_resolved": Steering(((DIGEST, 0.0),), scope).to_field()}
+def steered(scope: str) -> Steering:
+    return Steering(((DIGEST, 0.0),), scope)
 
 
 def report(rows: dict[str, int], overflowed: set[str] = frozenset()) -> SentReport:  # type: ignore[assignment]
@@ -31,8 +29,7 @@ def test_rows_follow_from_positions() -> None:
     ledger = Ledger("float16")
     names = {"last": 0, "generated": 0, "all": 3}
     for scope in names:
-        ledger.begin(scope, fields(scope), 10)
-    ledger.begin("plain", None, 10)
+        ledger.begin(scope, steered(scope), 10)
     scheduled = {**dict.fromkeys(names, 3), "plain": 10}
     computed = {**dict.fromkeys(names, 4), "plain": 0}.items()
     assert ledger.check(scheduled, computed, report({"all": 3})) == {}
@@ -49,7 +46,7 @@ def test_rows_follow_from_positions() -> None:
 
 def test_requests_that_ended_are_forgotten() -> None:
     ledger = Ledger("float16")
-    ledger.begin("a", fields("all"), 3)
+    ledger.begin("a", steered("all"), 3)
     assert ledger.check({"a": 1}, [("a", 3)], None)
     ledger.end("a")
     assert ledger.check({"a": 1}, [("a", 3)], report({"a": 9}, {"a"})) == {}
@@ -59,8 +56,7 @@ def test_requests_that_ended_are_forgotten() -> None:
 def test_what_is_unsound() -> None:
     """All from the first steered position on after an overflow; else what no report covers yet."""
     ledger = Ledger("bfloat16")
-    ledger.begin("a", fields("last"), 8)
-    ledger.begin("b", None, 8)
+    ledger.begin("a", steered("last"), 8)
     assert ledger.unsound_from("a", 20, 0) is None
     assert ledger.unsound_from("a", 20, 3) == 17
     assert ledger.unsound_from("a", 8, 8) == 7
@@ -95,8 +91,7 @@ def test_counted_digests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cna_vllm.serving.step_report.MOST_COUNTED", 2)
     ledger = Ledger("float16")
     for name in "abcb":
-        steering = Steering(((name * 64, 0.0),), "all")
-        ledger.begin(name, {"cna_resolved": steering.to_field()}, 1)
+        ledger.begin(name, Steering(((name * 64, 0.0),), "all"), 1)
         assert ledger.check({name: 1}, [(name, 0)], report({name: 1})) == {}
         ledger.end(name)
     assert ledger.steered_tokens() == {"b" * 64: 2, "c" * 64: 1}

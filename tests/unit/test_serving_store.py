@@ -17,7 +17,7 @@ import pytest
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.front.adapter import Adapter
 from cna_vllm.serving.front.registry import Registry, ServedModel
-from cna_vllm.serving.front.store import Contents, RegistryStore, StoreError
+from cna_vllm.serving.front.store import RegistryStore, Stored, StoreError
 from cna_vllm.steering.circuit import Circuit, CircuitError, Neuron
 from cna_vllm.steering.request import SteeringError
 
@@ -31,16 +31,16 @@ def circuit(index: int) -> Circuit:
 def save(store: RegistryStore, circuits: dict[str, Circuit], **adapters: Adapter) -> None:
     for one in circuits.values():
         store.save_circuit(one)
-    store.write(Contents({name: c.digest for name, c in circuits.items()}, adapters))
+    store.write({**{name: c.digest for name, c in circuits.items()}, **adapters})
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     store = RegistryStore(tmp_path / "registry")
-    assert store.read() == Contents() and store.stamp() == ()
+    assert store.read() == {} and store.stamp() == ()
     save(store, {"a": circuit(1), "b": circuit(2)}, off=Adapter.parse("a@0:all"))
     contents = RegistryStore(tmp_path / "registry").read()
-    assert contents.circuits == {"a": circuit(1).digest, "b": circuit(2).digest}
-    assert contents.adapters["off"] == Adapter.parse("a@0:all")
+    circuits = {"a": circuit(1).digest, "b": circuit(2).digest}
+    assert contents == {**circuits, "off": Adapter.parse("a@0:all")}
     assert store.circuit(circuit(1).digest).neurons == circuit(1).neurons
 
 
@@ -60,33 +60,53 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     assert names == sorted(["circuits", "registry.json", f"{circuit(1).digest}.json"])
 
 
-def test_one_server_at_a_time_until_all_its_processes_have_ended(tmp_path: Path) -> None:
-    code = (
-        "import os, sys, time\n"
-        "from cna_vllm.serving.front.store import RegistryStore\n"
-        "RegistryStore(sys.argv[1]).claim()\n"
-        "child = os.fork()\n"  # as an engine's process is: it may outlive its server
-        "if child:\n"
-        "    print(child, flush=True)\n"
-        "time.sleep(600)\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
+SERVER = """
+import multiprocessing, sys, time
+from cna_vllm.serving.front.store import RegistryStore
+
+def front_end(told):
+    RegistryStore(sys.argv[1]).claim()
+    told.put(multiprocessing.current_process().pid)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[2])
+    RegistryStore(sys.argv[1]).claim()
+    told = context.Queue()
+    for _ in range(2):
+        context.Process(target=front_end, args=(told,)).start()
+    print(told.get(timeout=60), told.get(timeout=60), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_one_server_at_a_time_until_all_its_processes_have_ended(
+    tmp_path: Path, method: str
+) -> None:
+    """Whoever started them and however: API servers may outlive it."""
+    script, folder = tmp_path / "server.py", tmp_path / "registry"
+    script.write_text(SERVER)
+    command = [sys.executable, str(script), str(folder), method]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
-        child = int(server.stdout.readline())
+        front_ends = [int(pid) for pid in server.stdout.readline().split()]
+        assert len(front_ends) == 2, "a front end of the same server was refused"
         try:
-            with pytest.raises(StoreError, match="another server uses it"):
-                RegistryStore(tmp_path).claim()
-            server.kill()
+            for pid in (server.pid, front_ends[0]):
+                with pytest.raises(StoreError, match="another server uses it"):
+                    RegistryStore(folder).claim()
+                os.kill(pid, signal.SIGKILL)
             server.wait()
             with pytest.raises(StoreError, match="another server uses it"):
-                RegistryStore(tmp_path).claim()
+                RegistryStore(folder).claim()
         finally:
             server.kill()
-            os.kill(child, signal.SIGKILL)
+            for pid in front_ends:
+                os.kill(pid, signal.SIGKILL)
     for _ in range(1000):
         try:
-            os.close(RegistryStore(tmp_path).claim())
+            os.close(RegistryStore(folder).claim())
             return
         except StoreError:
             time.sleep(0.01)
@@ -153,7 +173,7 @@ def test_a_restart_with_configured_adapters_and_a_filled_registry(tmp_path: Path
     }
     assert names.adapter("off") == Adapter.from_dict({"circuit": "a", "multiplier": 0})
     assert names.adapter("more") == Adapter.parse("a@2+b@0")
-    assert set(names.stored().circuits) == {"b"} and set(names.stored().adapters) == {"more"}
+    assert set(names.stored()) == {"b", "more"}
 
 
 def test_configured_names_are_pinned(tmp_path: Path) -> None:
@@ -172,30 +192,30 @@ def test_a_circuit_of_another_model_in_the_registry_is_refused(tmp_path: Path) -
 def test_names_are_shared_by_circuits_adapters_and_models(tmp_path: Path) -> None:
     names = registry(tmp_path)
     names.register("a", circuit(1))
-    names.register_adapter("off", Adapter.parse("a@0"))
+    names.register("off", Adapter.parse("a@0"))
     for taken in (lambda: names.register("off", circuit(1)),
-                  lambda: names.register_adapter("a", Adapter.parse("a@0"))):  # fmt: skip
+                  lambda: names.register("a", Adapter.parse("a@0"))):  # fmt: skip
         with pytest.raises(CnaConfigError, match="choose another"):
             taken()
     with pytest.raises(CnaConfigError, match="served model"):
         names.reserve(["off"])
     with pytest.raises(SteeringError, match="used by the adapter 'off'"):
         names.unregister("circuit", "a")
-    names.unregister_adapter("off")
+    names.unregister("adapter", "off")
     assert names.unregister("circuit", "a") == circuit(1)
 
 
 WRITER = """
 import sys
 from cna_vllm.steering.circuit import Circuit, Neuron
-from cna_vllm.serving.front.store import Contents, RegistryStore
+from cna_vllm.serving.front.store import RegistryStore
 store, step = RegistryStore(sys.argv[1]), int(sys.argv[2])
 while True:
     step += 1
     one = Circuit("m", "A", 2, 4096, tuple(Neuron(0, step % 4000 + i, 0.5) for i in range(90)))
     with store.locked():
         store.save_circuit(one)
-        store.write(Contents({f"step-{step}": one.digest}))
+        store.write({f"step-{step}": one.digest})
     print(step, flush=True)
 """
 
@@ -216,7 +236,7 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
         acknowledged = max([acknowledged, *map(int, writer.stdout.read().split())])
         writer.wait()
         contents = RegistryStore(tmp_path).read()
-        ((name, digest),) = contents.circuits.items()
+        ((name, digest),) = contents.items()
         step = int(name.removeprefix("step-"))
         assert step in (acknowledged, acknowledged + 1)
         assert RegistryStore(tmp_path).circuit(digest).digest == digest
@@ -233,7 +253,7 @@ def test_a_reader_between_two_writes_sees_one_of_them(tmp_path: Path) -> None:
     assert store is not None
     read = store.read
 
-    def overtaken() -> Contents:
+    def overtaken() -> Stored:
         contents = read()
         store.read = read  # type: ignore[method-assign]
         save(writer, {"a": circuit(2)})

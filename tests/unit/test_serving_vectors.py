@@ -27,8 +27,10 @@ from cna_vllm.steering.vectors import VectorError, VectorSet
 
 
 def block_key(extra_args: Any, prompt_len: int, end: int) -> tuple[str, str] | None:
-    key = steering_key(extra_args, prompt_len)
-    return None if key is None else key.of_block(end)
+    resolved = (extra_args or {}).get("cna_resolved")
+    if resolved is None:
+        return None
+    return steering_key(Steering.from_field(resolved), prompt_len).of_block(end)
 
 
 HIDDEN, WIDTH, LAYERS = 6, 13, 3
@@ -288,7 +290,7 @@ def test_admission_resolves_vectors_and_keys_blocks_by_them() -> None:
 
 def test_circuits_and_vectors_share_one_space_of_names() -> None:
     registry = make_admission().registry
-    registry.register_adapter("french", Adapter.parse("off@0"))
+    registry.register("french", Adapter.parse("off@0"))
     registry.check_free("new", "circuit")
     registry.check_free("off", "circuit")  # to be replaced
     held = {"off": "circuit", "v": "vector", "french": "adapter"}

@@ -5,10 +5,10 @@ requests."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cna_vllm.serving.config import CircuitTableError, CnaConfigError
-from cna_vllm.serving.front.registry import Content, kind_of
+from cna_vllm.serving.front.registry import Entry, kind_of
 from cna_vllm.serving.seams.front_end import admission_of
 from cna_vllm.steering.circuit import Circuit
 from cna_vllm.steering.packed import KindName
@@ -16,6 +16,8 @@ from cna_vllm.steering.vectors import VectorSet
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+T = TypeVar("T", Circuit, VectorSet)
 
 
 def load_circuit(llm: LLM, name: str, circuit: Circuit | str | Path) -> Circuit:
@@ -29,8 +31,7 @@ def load_circuit(llm: LLM, name: str, circuit: Circuit | str | Path) -> Circuit:
     """
     if not isinstance(circuit, Circuit):
         circuit = admission_of(llm).registry.served.circuit(circuit)
-    _load(llm, name, circuit)
-    return circuit
+    return _load(llm, name, circuit)
 
 
 def load_vectors(llm: LLM, name: str, vectors: VectorSet | str | Path) -> VectorSet:
@@ -42,8 +43,7 @@ def load_vectors(llm: LLM, name: str, vectors: VectorSet | str | Path) -> Vector
     if not isinstance(vectors, VectorSet):
         vectors = VectorSet.load(vectors)
     _require_vectors(llm)
-    _load(llm, name, vectors)
-    return vectors
+    return _load(llm, name, vectors)
 
 
 def unload_circuit(llm: LLM, name: str) -> None:
@@ -80,24 +80,25 @@ def _require_vectors(llm: LLM) -> None:
         )
 
 
-def _load(llm: LLM, name: str, content: Content) -> None:
+def _load(llm: LLM, name: str, content: T) -> T:
     registry = admission_of(llm).registry
     registry.check_free(name, kind_of(content))
     registry.served.check(content)
-    previous = registry.names().contents.get(name)
+    previous = registry.names().entries.get(name)
     for report in llm.collective_rpc("cna_load", args=content.packed()):
         if report["refused"]:
             raise CircuitTableError(report["refused"])
     registry.register(name, content)
     if previous is not None:
         _retire(llm, previous)
+    return content
 
 
 def _unload(llm: LLM, kind: KindName, name: str) -> None:
     _retire(llm, admission_of(llm).registry.unregister(kind, name))
 
 
-def _retire(llm: LLM, content: Content) -> None:
+def _retire(llm: LLM, entry: Entry) -> None:
     """Frees the rows of content that no name stands for any more."""
-    if content.digest not in admission_of(llm).registry.names().digests():
-        llm.collective_rpc("cna_unload", args=(content.digest,))
+    if (digest := admission_of(llm).registry.unnamed(entry)) is not None:
+        llm.collective_rpc("cna_unload", args=(digest,))

@@ -6,8 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cna_vllm.serving.config import CnaConfig
-from cna_vllm.serving.fields import WITHOUT_CONFIG, check_recording_group
+from cna_vllm.serving.config import WITHOUT_CONFIG, CnaConfig
 from cna_vllm.serving.seal import Seal, deployment_secret
 from cna_vllm.steering.circuit import show
 from cna_vllm.steering.request import (
@@ -56,7 +55,7 @@ class CoreAdmission:
         if resumable:
             raise SteeringError(ours[0], "streaming inputs cannot be steered or recorded")
         if FIELD_RECORD in extra_args:
-            check_recording_group(self._config, extra_args[FIELD_RECORD])
+            self._config.check_recording_group(extra_args[FIELD_RECORD])
         if RESOLVED_FIELD not in extra_args:
             return None
         steering = self._seal.opened(extra_args[RESOLVED_FIELD])

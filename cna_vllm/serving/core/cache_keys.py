@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from cna_vllm.steering.request import RESOLVED_FIELD, Steering
+from cna_vllm.steering.request import Steering
 
 
 class BlockKey(NamedTuple):
@@ -25,11 +24,7 @@ class BlockKey(NamedTuple):
         return self.key if end > self.first_position else None
 
 
-def steering_key(extra_args: Mapping[str, Any] | None, prompt_len: int) -> BlockKey | None:
-    """The key of a request's blocks; None for a plain one."""
-    resolved = None if extra_args is None else extra_args.get(RESOLVED_FIELD)
-    if resolved is None:
-        return None
-    steering = Steering.from_field(resolved)
+def steering_key(steering: Steering, prompt_len: int) -> BlockKey:
+    """The key of a steered request's blocks."""
     first = steering.first_position(prompt_len)
     return BlockKey(first, ("cna", steering.cache_key(first)))

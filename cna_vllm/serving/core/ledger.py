@@ -13,25 +13,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cna_vllm.serving.step_report import SentReport, StepReport, TokenCounts
-from cna_vllm.steering.request import FIELD_CIRCUIT, FIELD_MULTIPLIER, RESOLVED_FIELD, Steering
+from cna_vllm.steering.request import FIELD_CIRCUIT, FIELD_MULTIPLIER, Steering
 
 OVERFLOW = f"{FIELD_MULTIPLIER}: the steered activations left the range of "
 UNCOUNTED = f"{FIELD_CIRCUIT}: steered "
-
-
-def overflow_message(dtype: str) -> str:
-    """Why a request that overflowed was ended."""
-    return (
-        f"{OVERFLOW}{dtype}; use a multiplier nearer to 1, fewer neurons or, in float16, bfloat16"
-    )
-
-
-def uncounted_message(steered: int, expected: int) -> str:
-    """Why a request was ended of which not exactly the right rows were steered."""
-    return (
-        f"{UNCOUNTED}{steered} token rows of a step in place of {expected}; the request was ended, "
-        "since its text would not be that of its circuit"
-    )
 
 
 def failure_of(message: str) -> str:
@@ -46,26 +31,21 @@ class Ledger:
 
     def __init__(self, dtype: str) -> None:
         self._dtype = dtype
-        self._first: dict[str, int] = {}
-        self._digests: dict[str, frozenset[str]] = {}
+        self._steered: dict[str, tuple[int, frozenset[str]]] = {}  # first position, digests
         self._tokens = TokenCounts()
         self._failed: set[str] = set()
         # Blocks with unsound contents: those that others still hold, and those to be zeroed.
         self._tainted: set[int] = set()
         self._scrub: set[int] = set()
 
-    def begin(self, req_id: str, extra_args: Mapping[str, Any] | None, prompt_len: int) -> None:
-        """Takes in a request that runs its first step."""
-        resolved = (extra_args or {}).get(RESOLVED_FIELD)
-        if resolved is not None:
-            steering = Steering.from_field(resolved)
-            self._first[req_id] = steering.first_position(prompt_len)
-            self._digests[req_id] = frozenset(steering.digests)
+    def begin(self, req_id: str, steering: Steering, prompt_len: int) -> None:
+        """Takes in a steered request that runs its first step."""
+        first = steering.first_position(prompt_len)
+        self._steered[req_id] = first, frozenset(steering.digests)
 
     def end(self, req_id: str) -> None:
         """Forgets a request."""
-        self._first.pop(req_id, None)
-        self._digests.pop(req_id, None)
+        self._steered.pop(req_id, None)
         self._failed.discard(req_id)
 
     def check(
@@ -79,23 +59,29 @@ class Ledger:
         scheduled: request id -> tokens of the step. computed_before: (request id, its tokens
         computed before the step) of each; read only while a steered request runs.
         """
-        if not self._first:
+        if not self._steered:
             return {}
         wrong: dict[str, str] = {}
         rows: Mapping[str, int] = {} if report is None else report.rows()
         for req_id, computed in computed_before:
-            first = self._first.get(req_id)
-            if first is None or req_id not in scheduled:
+            if req_id not in self._steered or req_id not in scheduled:
                 continue
+            first, digests = self._steered[req_id]
             tokens = scheduled[req_id]
             expected = tokens if computed >= first else max(computed + tokens - first, 0)
             steered = rows.get(req_id, 0)
             if steered != expected:
-                wrong[req_id] = uncounted_message(steered, expected)
-            self._tokens.add(self._digests[req_id], steered)
+                wrong[req_id] = (
+                    f"{UNCOUNTED}{steered} token rows of a step in place of {expected}; the "
+                    "request was ended, since its text would not be that of its circuit"
+                )
+            self._tokens.add(digests, steered)
         for req_id in report.overflowed() if report is not None else ():
-            if req_id in self._first:
-                wrong[req_id] = overflow_message(self._dtype)
+            if req_id in self._steered:
+                wrong[req_id] = (
+                    f"{OVERFLOW}{self._dtype}; use a multiplier nearer to 1, fewer neurons or, in "
+                    "float16, bfloat16"
+                )
                 self._failed.add(req_id)
         return wrong
 
@@ -109,9 +95,9 @@ class Ledger:
         computed, in_flight: tokens that it was scheduled for, and those of them in steps whose
         report has not come yet. None where all are known to be sound.
         """
-        first = self._first.get(req_id)
-        if first is None or not (in_flight or req_id in self._failed):
+        if req_id not in self._steered or not (in_flight or req_id in self._failed):
             return None
+        first, _ = self._steered[req_id]
         return first if req_id in self._failed else max(first, computed - in_flight)
 
     def taint(self, blocks: Iterable[int]) -> None:

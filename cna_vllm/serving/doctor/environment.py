@@ -15,11 +15,11 @@ from packaging.requirements import Requirement
 
 from cna_kernels import DTYPES, EAGER, act_and_mul_scaled, backend, scale_reference
 from cna_kernels.activations import ACCURATE
-from cna_vllm.serving.doctor.check import Check
+from cna_vllm.serving import seams
+from cna_vllm.serving.doctor import Check
 from cna_vllm.serving.seams.platform import device_name, device_type
 
 DISTRIBUTION = "cna-vllm"
-SUPPORTED = ("0.32", "0.33")
 ENGINE_PLUGINS, ENDPOINT_PLUGINS = "vllm.general_plugins", "vllm.endpoint_plugins"
 PLUGIN = "cna"
 MAX_ULP = 4
@@ -73,10 +73,10 @@ def extras() -> dict[str, str]:
 def environment_checks(found: Mapping[str, str]) -> list[Check]:
     """Everything an engine needs before it sees a model. found: what ``versions`` returned."""
     version = found["vllm"]
-    supported = version.startswith(tuple(f"{prefix}." for prefix in SUPPORTED))
+    supported = version.startswith(tuple(f"{prefix}." for prefix in seams.SUPPORTED))
     checks = [
         Check(
-            f"vLLM is one of {', '.join(SUPPORTED)}",
+            f"vLLM is one of {', '.join(seams.SUPPORTED)}",
             version if supported else f"{version}; install one of these",
             supported,
         ),
@@ -162,12 +162,10 @@ def _entry_points() -> Check:
 
 def _seams() -> Check:
     claim = "the seams fit this vLLM"
-    from cna_vllm.serving import seams
-
     try:
         seams.install()
     except (ImportError, AttributeError) as error:
-        return Check(claim, f"{_line(error)}; use vLLM {' or '.join(SUPPORTED)}", False)
+        return Check(claim, f"{_line(error)}; use vLLM {' or '.join(seams.SUPPORTED)}", False)
     return Check(claim, "installed", True)
 
 

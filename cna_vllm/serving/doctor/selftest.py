@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from cna_vllm.serving.config import CircuitTableError
 from cna_vllm.serving.control import load_circuit, status, unload_circuit
-from cna_vllm.serving.doctor.check import Check
+from cna_vllm.serving.doctor import Check
 from cna_vllm.serving.seams.front_end import admission_of
 from cna_vllm.serving.seams.offline import engine_of
 from cna_vllm.steering.circuit import Circuit, Neuron

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from cna_vllm.serving.config import CnaConfig
-from cna_vllm.serving.fields import WITHOUT_CONFIG, check_recording_group
+from cna_vllm.serving.config import WITHOUT_CONFIG, CnaConfig
 from cna_vllm.serving.front.adapter import Adapter
 from cna_vllm.serving.front.registry import Registry
 from cna_vllm.serving.seal import Seal, deployment_secret
@@ -40,13 +39,6 @@ def asks_for_steering(extra_args: Mapping[str, Any] | None) -> bool:
     return bool(extra_args) and (has_fields(extra_args) or first_sign(extra_args, ()) is not None)
 
 
-def refuse_without_config(extra_args: Mapping[str, Any] | None) -> None:
-    """For engines started without a ``cna`` key: raises SteeringError if steering is asked for.
-    What only looks like a field may be another plugin's there."""
-    if has_fields(extra_args):
-        raise SteeringError(FIELD_CIRCUIT, WITHOUT_CONFIG)
-
-
 def is_sealed(resolved: Any) -> bool:
     """Whether a resolved form carries a seal; only ``Seal.opened`` tells whether it is ours."""
     return isinstance(resolved, Mapping) and SEAL_KEY in resolved
@@ -55,11 +47,13 @@ def is_sealed(resolved: Any) -> bool:
 def admit_or_refuse(
     gate: Admission | None, extra_args: Mapping[str, Any], *, resumable: bool = False
 ) -> dict[str, Any] | None:
-    """``gate.admit``; for engines started without a ``cna`` key, SteeringError for any field."""
-    if gate is None:
-        refuse_without_config(extra_args)
-        return dict(extra_args)
-    return gate.admit(extra_args, resumable=resumable)
+    """``gate.admit``; for engines started without a ``cna`` key, SteeringError for any field. What
+    only looks like one may be another plugin's there."""
+    if gate is not None:
+        return gate.admit(extra_args, resumable=resumable)
+    if has_fields(extra_args):
+        raise SteeringError(FIELD_CIRCUIT, WITHOUT_CONFIG)
+    return dict(extra_args)
 
 
 class Admission:
@@ -109,17 +103,21 @@ class Admission:
             raise sign
         others = {k: v for k, v in extra_args.items() if not str(k).startswith(FIELD_PREFIX)}
         ours = {k: v for k, v in extra_args.items() if str(k).startswith(FIELD_PREFIX)}
-        recorded = FIELD_RECORD in ours
-        group = ours.pop(FIELD_RECORD, None)
         if resumable:
             raise SteeringError(
                 FIELD_CIRCUIT,
                 "streaming inputs cannot be steered or recorded, since their prompt "
                 "length changes; send the whole prompt at once",
             )
-        if recorded:
-            others[FIELD_RECORD] = self._recording_group(group, ours)
-            return others
+        if FIELD_RECORD in ours:
+            group = ours.pop(FIELD_RECORD)
+            self.config.check_recording_group(group)
+            if ours:
+                raise SteeringError(
+                    FIELD_RECORD,
+                    f"a recorded request cannot be steered; drop {', '.join(sorted(ours))}",
+                )
+            return {**others, FIELD_RECORD: group}
         request = CircuitRequest.from_extra_args(
             ours,
             max_multiplier=self.config.max_multiplier,
@@ -137,20 +135,11 @@ class Admission:
     def _admitted_before(self, extra_args: Mapping[str, Any]) -> bool:
         """Whether all our fields are what admission writes, as when the server chose the model."""
         ours = {str(k) for k in extra_args if str(k).startswith(FIELD_PREFIX)}
-        if RESOLVED_FIELD not in ours or not ours <= {RESOLVED_FIELD, FIELD_RECORD}:
+        if not ours <= {RESOLVED_FIELD, FIELD_RECORD}:
             return False
-        if not is_sealed(extra_args[RESOLVED_FIELD]):
+        if not is_sealed(extra_args.get(RESOLVED_FIELD)):
             return False
         self._seal.opened(extra_args[RESOLVED_FIELD])
         if FIELD_RECORD in ours:
-            check_recording_group(self.config, extra_args[FIELD_RECORD])
+            self.config.check_recording_group(extra_args[FIELD_RECORD])
         return True
-
-    def _recording_group(self, group: Any, other_fields: Mapping[str, Any]) -> str:
-        check_recording_group(self.config, group)
-        if other_fields:
-            raise SteeringError(
-                FIELD_RECORD,
-                f"a recorded request cannot be steered; drop {', '.join(sorted(other_fields))}",
-            )
-        return str(group)

@@ -8,7 +8,7 @@ Labels are names of circuits and vectors, which only an operator chooses, and at
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
@@ -30,47 +30,34 @@ class ControlMetrics:
     """What one API server process counts; made once a process, see ``control_metrics``."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        self.requests = Counter(
+        counter = partial(Counter, registry=registry)
+        gauge = partial(Gauge, multiprocess_mode="mostrecent", registry=registry)
+        self.requests = counter(
             "cna:steered_requests",
             "Steered requests that were admitted, by circuit or vector.",
             ["circuit"],
-            registry=registry,
         )
-        self.refused = Counter(
-            "cna:refused_requests",
-            "Requests refused for their steering fields.",
-            ["field"],
-            registry=registry,
+        self.refused = counter(
+            "cna:refused_requests", "Requests refused for their steering fields.", ["field"]
         )
-        self.failed = Counter(
+        self.failed = counter(
             "cna:failed_requests",
             "Steered requests that the engine ended: overflow, uncounted, refused.",
             ["reason"],
-            registry=registry,
         )
-        self.steered_tokens = Counter(
+        self.steered_tokens = counter(
             "cna:steered_tokens",
             "Token rows that engines steered, by circuit or vector (of one rank of each).",
             ["circuit"],
-            registry=registry,
         )
-        self.resident = Gauge(
-            "cna:resident_circuits",
-            "Circuits that requests may use, on every engine.",
-            multiprocess_mode="mostrecent",
-            registry=registry,
+        self.resident = gauge(
+            "cna:resident_circuits", "Circuits that requests may use, on every engine."
         )
-        self.table_bytes = Gauge(
-            "cna:table_bytes",
-            "Memory of the resident table on one rank.",
-            multiprocess_mode="mostrecent",
-            registry=registry,
-        )
-        self.actions = Counter(
+        self.table_bytes = gauge("cna:table_bytes", "Memory of the resident table on one rank.")
+        self.actions = counter(
             "cna:control_actions",
             "Control actions by outcome: done, refused, failed.",
             ["action", "outcome"],
-            registry=registry,
         )
         self.load_seconds = Histogram(
             "cna:circuit_load_seconds",

@@ -7,12 +7,12 @@ import logging
 import os
 import threading
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from cna_vllm.serving.config import CnaConfig, CnaConfigError, check_name
 from cna_vllm.serving.front.adapter import Adapter
-from cna_vllm.serving.front.store import Contents, RegistryStore, StoreError
+from cna_vllm.serving.front.store import RegistryStore, Stored, StoreError
 from cna_vllm.steering.circuit import Circuit, show
 from cna_vllm.steering.packed import KindName
 from cna_vllm.steering.request import FIELD_CIRCUIT, FIELD_VECTOR, SteeringError
@@ -21,13 +21,20 @@ from cna_vllm.steering.vectors import VectorSet
 logger = logging.getLogger("vllm.cna")  # vLLM's handlers and level are those of its name's parents
 
 Content = Circuit | VectorSet
-T = TypeVar("T")
-_FIELDS: Mapping[KindName, str] = {"circuit": FIELD_CIRCUIT, "vector": FIELD_VECTOR}
+Entry = Content | Adapter
+Kind = Literal["circuit", "vector", "adapter"]
+_FIELDS: Mapping[Kind, str] = {
+    "circuit": FIELD_CIRCUIT,
+    "vector": FIELD_VECTOR,
+    "adapter": "adapter",
+}
 
 
-def kind_of(content: Content) -> KindName:
-    """What ``content`` is."""
-    return "circuit" if isinstance(content, Circuit) else "vector"
+def kind_of(entry: Entry) -> Kind:
+    """What ``entry`` is."""
+    if isinstance(entry, Adapter):
+        return "adapter"
+    return "circuit" if isinstance(entry, Circuit) else "vector"
 
 
 @dataclass(frozen=True)
@@ -63,29 +70,48 @@ class ServedModel:
 class Names:
     """One state of a registry; never changed, only replaced. One name stands for one thing."""
 
-    contents: Mapping[str, Content] = field(default_factory=dict)
-    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+
+    def of(self, kind: Kind) -> dict[str, Entry]:
+        """Name -> entry, of one kind."""
+        return {name: entry for name, entry in self.entries.items() if kind_of(entry) == kind}
 
     @property
     def circuits(self) -> dict[str, Circuit]:
         """Name -> circuit."""
-        return {n: c for n, c in self.contents.items() if isinstance(c, Circuit)}
+        return {n: e for n, e in self.entries.items() if isinstance(e, Circuit)}
 
     @property
     def vectors(self) -> dict[str, VectorSet]:
         """Name -> set of vectors."""
-        return {n: c for n, c in self.contents.items() if isinstance(c, VectorSet)}
+        return {n: e for n, e in self.entries.items() if isinstance(e, VectorSet)}
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """Name -> adapter."""
+        return {n: e for n, e in self.entries.items() if isinstance(e, Adapter)}
+
+    def contents(self) -> dict[str, Content]:
+        """Content digest -> circuit or set of vectors, of all that have a name."""
+        return {e.digest: e for e in self.entries.values() if not isinstance(e, Adapter)}
 
     def digests(self) -> dict[str, str]:
         """Content digest -> a name that stands for it."""
-        return {content.digest: name for name, content in self.contents.items()}
+        return {e.digest: n for n, e in self.entries.items() if not isinstance(e, Adapter)}
 
-    def kind(self, name: str) -> str | None:
-        """What a name stands for: "circuit", "vector" or "adapter"; None for a free one."""
-        if name in self.adapters:
-            return "adapter"
-        content = self.contents.get(name)
-        return None if content is None else kind_of(content)
+    def kind(self, name: str) -> Kind | None:
+        """What a name stands for; None for a free one."""
+        entry = self.entries.get(name)
+        return None if entry is None else kind_of(entry)
+
+    def find(self, kind: Kind, name: str) -> Entry:
+        """What a name stands for. Raises SteeringError that lists the known names."""
+        entry = self.entries.get(name)
+        if entry is None or kind_of(entry) != kind:
+            known = ", ".join(sorted(self.of(kind))[:20]) or "none is loaded"
+            problem = f"no {kind} is named {show(name)}; known {kind}s: {known}"
+            raise SteeringError(_FIELDS[kind], problem)
+        return entry
 
 
 class Registry:
@@ -119,11 +145,12 @@ class Registry:
         for name, path in config.vectors.items():
             registry.register(name, VectorSet.load(path))
         for name, adapter in config.adapters.items():
-            registry.register_adapter(name, Adapter.from_dict(adapter))
+            registry.register(name, Adapter.from_dict(adapter))
         registry.pinned = frozenset([*config.circuits, *config.vectors, *config.adapters])
         if config.registry_dir is not None:
             # Not before: a look at the store keeps pinned names only.
             registry.store = RegistryStore(config.registry_dir)
+            registry.store.claim()
             registry.refresh()
         return registry
 
@@ -138,7 +165,7 @@ class Registry:
                     "give one of them another name"
                 )
 
-    def check_free(self, name: str, kind: Literal["circuit", "vector", "adapter"]) -> None:
+    def check_free(self, name: str, kind: Kind) -> None:
         """Raises CnaConfigError if ``name`` may not stand for a ``kind``; one that stands for
         another of that kind is free."""
         check_name(name)
@@ -148,47 +175,39 @@ class Registry:
             problem = f"the name {show(name)} is that of {a_kind(other)}; choose another"
             raise CnaConfigError(problem)
 
-    def register(self, name: str, content: Content) -> None:
-        """Lets ``name`` stand for ``content`` from now on; workers must hold it already."""
-        self.check_free(name, kind_of(content))
-        self.served.check(content)
-        with self._lock:
-            names = self._names
-            self._names = replace(names, contents={**names.contents, name: content})
+    def register(self, name: str, entry: Entry) -> None:
+        """Lets ``name`` stand for ``entry`` from now on; workers must hold its content already.
 
-    def register_adapter(self, name: str, adapter: Adapter) -> None:
-        """Lets ``name`` stand for ``adapter``. Raises SteeringError for an unknown circuit."""
-        self.check_free(name, "adapter")
-        for circuit in adapter.circuits():
-            self.digest("circuit", circuit)
+        Raises SteeringError for an adapter with an unknown circuit.
+        """
+        self.check_free(name, kind_of(entry))
+        if isinstance(entry, Adapter):
+            for circuit in entry.circuits():
+                self.digest("circuit", circuit)
+        else:
+            self.served.check(entry)
         with self._lock:
-            names = self._names
-            self._names = replace(names, adapters={**names.adapters, name: adapter})
+            self._names = Names({**self._names.entries, name: entry})
 
-    def unregister(self, kind: KindName, name: str) -> Content:
+    def unregister(self, kind: Kind, name: str) -> Entry:
         """Forgets a name and returns what it stood for. Raises SteeringError for unknown names
         and for a circuit that an adapter uses."""
         with self._lock:
-            names = self._names
-            content = _find(names, kind, name)
-            users = sorted(n for n, a in names.adapters.items() if name in a.circuits())
-            if users:
-                raise SteeringError(
-                    _FIELDS[kind],
-                    f"{show(name)} is used by the adapter {show(users[0])}; unload that first",
-                )
-            self._names = replace(names, contents=_without(names.contents, name))
-        return content
+            entry = self._names.find(kind, name)
+            adapters = self._names.adapters
+            if users := sorted(n for n, a in adapters.items() if name in a.circuits()):
+                problem = f"{show(name)} is used by the adapter {show(users[0])}; unload that first"
+                raise SteeringError(_FIELDS[kind], problem)
+            entries = self._names.entries
+            self._names = Names({n: e for n, e in entries.items() if n != name})
+        return entry
 
-    def unregister_adapter(self, name: str) -> Adapter:
-        """Forgets an adapter's name. Raises SteeringError for unknown names."""
-        with self._lock:
-            names = self._names
-            adapter = names.adapters.get(name)
-            if adapter is None:
-                raise SteeringError("adapter", f"no adapter is named {show(name)}")
-            self._names = replace(names, adapters=_without(names.adapters, name))
-        return adapter
+    def unnamed(self, entry: Entry) -> str | None:
+        """The digest of content that no name stands for any more, so that workers need not keep
+        it; None for what another name stands for, and for an adapter."""
+        if isinstance(entry, Adapter) or entry.digest in self.names().digests():
+            return None
+        return entry.digest
 
     def names(self) -> Names:
         """The current state, changes by other processes included.
@@ -218,11 +237,14 @@ class Registry:
 
     def adapter(self, name: str | None) -> Adapter | None:
         """What an adapter's name stands for."""
-        return None if name is None else self.names().adapters.get(name)
+        entry = None if name is None else self.names().entries.get(name)
+        return entry if isinstance(entry, Adapter) else None
 
     def digest(self, kind: KindName, name: str) -> str:
         """Content digest of a name. Raises SteeringError that lists the known names."""
-        return _find(self.names(), kind, name).digest
+        content = self.names().find(kind, name)
+        assert not isinstance(content, Adapter)
+        return content.digest
 
     def refresh(self) -> None:
         """Takes over what the registry directory says. Raises StoreError, CircuitError or
@@ -245,51 +267,33 @@ class Registry:
             raise self._failure
 
     def _read(self, store: RegistryStore) -> Names:
-        names, stored = self._names, store.read()
-        contents = {
-            n: c for n, c in names.contents.items() if n in self.pinned or kind_of(c) == "vector"
+        known, stored = self._names.contents(), store.read()
+        entries = {
+            name: entry
+            for name, entry in self._names.entries.items()
+            if name in self.pinned or isinstance(entry, VectorSet)
         }
-        adapters = {n: a for n, a in names.adapters.items() if n in self.pinned}
-        known = {c.digest: c for c in names.contents.values()}
-        for name, digest in stored.circuits.items():
-            self._check_unpinned(name)
-            circuit = known.get(digest) or store.circuit(digest)
-            self.served.check(circuit)
-            contents[name] = circuit
-        for name, adapter in stored.adapters.items():
-            self._check_unpinned(name)
-            adapters[name] = adapter
-        return Names(contents, adapters)
+        for name, one in stored.items():
+            if name in self.pinned:
+                raise StoreError(
+                    f"the registry directory holds {show(name)}, which the configuration names "
+                    "too; remove one of them"
+                )
+            if isinstance(one, Adapter):
+                entries[name] = one
+            else:
+                content = known.get(one) or store.circuit(one)
+                self.served.check(content)
+                entries[name] = content
+        return Names(entries)
 
-    def stored(self) -> Contents:
-        """What belongs into the registry directory: every name that is not pinned."""
-        names = self._names
-        return Contents(
-            {n: c.digest for n, c in names.circuits.items() if n not in self.pinned},
-            {n: a for n, a in names.adapters.items() if n not in self.pinned},
-        )
-
-    def _check_unpinned(self, name: str) -> None:
-        if name in self.pinned:
-            raise StoreError(
-                f"the registry directory holds {show(name)}, which the configuration names too; "
-                "remove one of them"
-            )
-
-
-def _find(names: Names, kind: KindName, name: str) -> Content:
-    content = names.contents.get(name)
-    if content is None or kind_of(content) != kind:
-        of_kind = sorted(n for n, c in names.contents.items() if kind_of(c) == kind)
-        known = ", ".join(of_kind[:20]) or "none is loaded"
-        raise SteeringError(
-            _FIELDS[kind], f"no {kind} is named {show(name)}; known {kind}s: {known}"
-        )
-    return content
-
-
-def _without(mapping: Mapping[str, T], name: str) -> dict[str, T]:
-    return {n: value for n, value in mapping.items() if n != name}
+    def stored(self) -> Stored:
+        """What belongs into the registry directory: circuits and adapters that are not pinned."""
+        return {
+            name: entry if isinstance(entry, Adapter) else entry.digest
+            for name, entry in self._names.entries.items()
+            if name not in self.pinned and not isinstance(entry, VectorSet)
+        }
 
 
 def a_kind(kind: str | None) -> str:

@@ -10,11 +10,12 @@ at most circuit files that no manifest names, which the next change removes.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,8 @@ class StoreError(ValueError):
     """The registry directory cannot be used: one line with the file and the reason."""
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What the manifest says: name -> content digest, name -> adapter."""
-
-    circuits: Mapping[str, str] = field(default_factory=dict)
-    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+Stored = Mapping[str, str | Adapter]
+"""What the manifest says: name -> content digest of a circuit, or adapter."""
 
 
 class RegistryStore:
@@ -55,20 +52,27 @@ class RegistryStore:
             raise StoreError(f"registry directory {directory}: {error.strerror}") from error
 
     def claim(self) -> int:
-        """Makes this process, and those it starts, the only server of the directory until all of
-        them have ended; returns the descriptor that says so, to be kept open.
+        """Lets this process use the directory, until it ends, beside others of its deployment;
+        returns the descriptor that says so. Every front end claims, and who starts front ends.
 
         Other servers' workers would not hold what is loaded here. Raises StoreError if one runs.
         """
         descriptor = os.open(self._directory / "server", os.O_RDWR | os.O_CREAT, 0o644)
+        mine = _deployment()
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, mine, 0)
         except BlockingIOError:
+            pass  # others use it; which deployment's they are, it says
+        fcntl.flock(descriptor, fcntl.LOCK_SH)  # waits for no longer than one takes to write
+        # Whoever holds a shared lock is of the deployment that is named: writing takes them all.
+        if os.pread(descriptor, 2 * len(mine), 0) != mine:
             os.close(descriptor)
             raise StoreError(
                 f"registry directory {self._directory}: another server uses it; give each server "
                 "one of its own"
-            ) from None
+            )
         return descriptor
 
     def stamp(self) -> tuple[int, ...]:
@@ -79,13 +83,13 @@ class RegistryStore:
             return ()
         return (found.st_ino, found.st_mtime_ns, found.st_size)
 
-    def read(self) -> Contents:
+    def read(self) -> Stored:
         """The manifest; empty before the first write. Raises StoreError when it is malformed."""
         if not self._manifest.exists():
-            return Contents()
+            return {}
         try:
             data = read_json(self._manifest, MAX_FILE_BYTES)
-            return _contents(data)
+            return _stored(data)
         except (CircuitError, SteeringError) as error:
             raise StoreError(f"{self._manifest}: {error}") from error
 
@@ -105,17 +109,14 @@ class RegistryStore:
         if not self._path(circuit.digest).exists():
             circuit.save(self._path(circuit.digest))
 
-    def write(self, contents: Contents) -> None:
+    def write(self, stored: Stored) -> None:
         """Replaces the manifest and removes circuits that it does not name, and what a writer that
         was killed left; hold the lock."""
-        data = {
-            "format": FORMAT,
-            "version": VERSION,
-            "circuits": dict(contents.circuits),
-            "adapters": {name: a.to_dict() for name, a in contents.adapters.items()},
-        }
+        circuits = {name: one for name, one in stored.items() if isinstance(one, str)}
+        adapters = {n: one.to_dict() for n, one in stored.items() if isinstance(one, Adapter)}
+        data = {"format": FORMAT, "version": VERSION, "circuits": circuits, "adapters": adapters}
         write_atomic(self._manifest, [json.dumps(data, indent=1) + "\n"])
-        kept = {self._path(digest) for digest in contents.circuits.values()}
+        kept = {self._path(digest) for digest in circuits.values()}
         for left in self._directory.glob(f".{self._manifest.name}.*"):
             left.unlink()
         for path in self._circuits.iterdir():
@@ -136,7 +137,13 @@ class RegistryStore:
         return self._circuits / f"{digest}.json"
 
 
-def _contents(data: Any) -> Contents:
+def _deployment() -> bytes:
+    """The same in a process and in all that it starts, by fork or spawn, as vLLM starts its own;
+    another one in every other process."""
+    return hashlib.sha256(current_process().authkey).hexdigest().encode()
+
+
+def _stored(data: Any) -> Stored:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CircuitError(f"is not a registry: 'format' must be {FORMAT!r}")
     if data.get("version") != VERSION:
@@ -150,4 +157,4 @@ def _contents(data: Any) -> Contents:
     for name, digest in circuits.items():
         if not isinstance(digest, str) or not digest.isalnum():
             raise CircuitError(f"'circuits'[{show(name)}] must be a content digest")
-    return Contents(circuits, {name: Adapter.from_dict(a) for name, a in adapters.items()})
+    return {**circuits, **{name: Adapter.from_dict(a) for name, a in adapters.items()}}

@@ -12,27 +12,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 from cna_vllm.serving.config import CnaConfigError
 from cna_vllm.serving.front.adapter import Adapter
 from cna_vllm.serving.front.admission import Admission
 from cna_vllm.serving.front.beneath import PathError, read_beneath
 from cna_vllm.serving.front.metrics import control_metrics
-from cna_vllm.serving.front.registry import Content, Names
+from cna_vllm.serving.front.registry import Entry
 from cna_vllm.serving.front.store import StoreError
 from cna_vllm.serving.seams.engines import call_every_engine, ready
-from cna_vllm.serving.seams.served_names import ServedNames
 from cna_vllm.steering.circuit import Circuit, CircuitError, show
 from cna_vllm.steering.circuit_file import parse_json
 from cna_vllm.steering.request import FIELD_CIRCUIT, SteeringError
 
 logger = logging.getLogger("vllm.cna")
 LIFE_SECONDS = 1.0  # between looks at whether the engine is alive, while a call is under way
-T = TypeVar("T")
+Kind = Literal["circuit", "adapter"]
+"""What is loaded over HTTP."""
 
 
 class ControlError(Exception):
@@ -52,105 +52,89 @@ class ControlError(Exception):
 class ControlPlane:
     """The circuits and adapters of one API server process.
 
-    engine_client: vLLM's, for calls of its engines.
+    engine_client: vLLM's, for calls of its engines. is_lora: whether a name is that of a LoRA
+    adapter, now; those of the start, and of models, the registry knows.
     """
 
-    def __init__(self, engine_client: Any, names: ServedNames, gate: Admission) -> None:
+    def __init__(self, engine_client: Any, is_lora: Callable[[str], bool], gate: Admission) -> None:
         self._engine = engine_client
-        self._others = names
+        self._is_lora = is_lora
         self._gate = gate
         self._registry = gate.registry
         self._turn = asyncio.Lock()
 
-    async def load_circuit(self, name: str, path: str, *, load_inplace: bool = False) -> Circuit:
-        """Makes ``name`` stand for the circuit file at ``path`` in the operator's folder."""
-        started = time.monotonic()
-        async with self._change("load_circuit", circuit=name):
-            self._check_name(name, adapter=False)
-            previous = self._registry.names().circuits.get(name)
+    async def load(
+        self, kind: Kind, name: str, source: Any, *, load_inplace: bool = False
+    ) -> Entry:
+        """Makes ``name`` stand for a circuit or an adapter. source: the path of a file in the
+        operator's folder, or what ``Adapter.from_dict`` reads."""
+        field, started = f"{kind}_name", time.monotonic()
+        async with self._change(f"load_{kind}", field, name):
+            self._registry.check_free(name, kind)
+            if self._is_lora(name):
+                problem = f"{show(name)} is the name of a model or of a LoRA adapter"
+                raise ControlError(field, problem)
+            previous = self._registry.names().of(kind).get(name)
             if previous is not None and not load_inplace:
-                raise ControlError(
-                    "circuit_name",
-                    f"{show(name)} is loaded already; set load_inplace to replace it",
-                )
-            circuit = await asyncio.to_thread(self._read, path)
-            await self._make_resident(circuit)
-            self._registry.register(name, circuit)
-            await self._persist(circuit)
+                problem = f"{show(name)} is loaded already; set load_inplace to replace it"
+                raise ControlError(field, problem)
+            entry: Entry
+            if kind == "circuit":
+                entry = await asyncio.to_thread(self._read, source)
+                await self._make_resident(entry)
+            else:
+                entry = self._adapter(source)
+            self._registry.register(name, entry)
+            await self._persist(entry)
             if previous is not None:
                 await self._retire(previous)
             for user, adapter in self._registry.names().adapters.items():
-                if name in adapter.circuits():
+                if name in (user, *adapter.circuits()):
                     self._gate.warn_shared(user, adapter)
-        control_metrics().load_seconds.observe(time.monotonic() - started)
-        return circuit
+        if kind == "circuit":
+            control_metrics().load_seconds.observe(time.monotonic() - started)
+        return entry
 
-    async def unload_circuit(self, name: str) -> None:
-        """Forgets a circuit; running requests finish on it."""
-        async with self._change("unload_circuit", circuit=name):
-            self._check_pinned(name, "circuit_name")
-            if name not in self._registry.names().circuits:
-                raise ControlError("circuit_name", f"no circuit is named {show(name)}", 404)
-            circuit = _told("circuit_name", lambda: self._registry.unregister("circuit", name))
+    async def unload(self, kind: Kind, name: str) -> None:
+        """Forgets a circuit or an adapter; running requests finish on it."""
+        async with self._change(f"unload_{kind}", f"{kind}_name", name):
+            self.entry(kind, name)
+            entry = self._registry.unregister(kind, name)
             await self._persist()
-            await self._retire(circuit)
-
-    async def load_adapter(
-        self, name: str, adapter: dict[str, Any], *, load_inplace: bool = False
-    ) -> Adapter:
-        """Makes ``name`` a model that is steered."""
-        async with self._change("load_adapter", adapter=name):
-            self._check_name(name, adapter=True)
-            if self._registry.adapter(name) is not None and not load_inplace:
-                raise ControlError(
-                    "adapter_name",
-                    f"{show(name)} is loaded already; set load_inplace to replace it",
-                )
-            loaded = _told("adapter_name", lambda: Adapter.from_dict(adapter))
-            _told("adapter_name", lambda: self._gate.admit(loaded.fields))
-            if loaded.lora is not None and not self._others.is_lora(loaded.lora):
-                raise ControlError("lora", f"no LoRA adapter is named {show(loaded.lora)}", 404)
-            self._registry.register_adapter(name, loaded)
-            await self._persist()
-            self._gate.warn_shared(name, loaded)
-        return loaded
-
-    async def unload_adapter(self, name: str) -> Adapter:
-        """Forgets an adapter; running requests finish on it."""
-        async with self._change("unload_adapter", adapter=name):
-            self._check_pinned(name, "adapter_name")
-            if self._registry.adapter(name) is None:
-                raise ControlError("adapter_name", f"no adapter is named {show(name)}", 404)
-            adapter = _told("adapter_name", lambda: self._registry.unregister_adapter(name))
-            await self._persist()
-        return adapter
+            await self._retire(entry)
 
     async def reconcile(self) -> None:
         """Once per start, before anything is served: all engines hold what the registry names."""
         async with self._change("start"):
-            await ready(self._engine)
-            reports = await self._rpc("cna_status")
+            reports = await ready(self._engine)
         control_metrics().table_bytes.set(reports[0][0]["table_bytes"])
 
-    async def names(self) -> tuple[Names, frozenset[str]]:
-        """All names now, and which of them are pinned."""
-        return _told("circuit_name", self._registry.names), self._registry.pinned
+    def entries(self, kind: Kind) -> Mapping[str, Entry]:
+        """All of one kind, by name."""
+        with _told("circuit_name"):
+            return self._registry.names().of(kind)
 
-    async def circuit(self, name: str) -> tuple[str, Circuit, bool]:
-        """One circuit by name, and whether it is pinned."""
-        circuit = (await self.names())[0].circuits.get(name)
-        if circuit is None:
-            raise ControlError("circuit_name", f"no circuit is named {show(name)}", 404)
-        return name, circuit, name in self._registry.pinned
+    def entry(self, kind: Kind, name: str) -> Entry:
+        """One of them. Raises ControlError for an unknown name."""
+        if (entry := self.entries(kind).get(name)) is None:
+            raise ControlError(f"{kind}_name", f"no {kind} is named {show(name)}", 404)
+        return entry
+
+    def is_pinned(self, name: str) -> bool:
+        """Whether it was given at start, so that it cannot be changed."""
+        return name in self._registry.pinned
 
     async def counters(self) -> list[dict[str, Any]]:
         """What each engine's core has counted, in rank order; it asks no worker."""
         return [report for (report,) in await self._rpc("cna_counters")]
 
     @asynccontextmanager
-    async def _change(self, action: str, **names: str) -> AsyncIterator[None]:
-        """One change of one process at a time; what is refused leaves everything as it was."""
-        subject = " ".join(f"{key}={value!r}" for key, value in names.items())
+    async def _change(self, action: str, field: str = "", name: str = "") -> AsyncIterator[None]:
+        """One change of one process at a time; what is refused leaves everything as it was.
+
+        field: of the request, with the name that is changed.
+        """
+        subject = f"{field.removesuffix('_name')}={name!r}" if field else ""
         store = self._registry.store
         lock = nullcontext() if store is None else store.locked()
         outcome = "failed"
@@ -159,19 +143,20 @@ class ControlPlane:
                 with _registry_io():
                     await asyncio.to_thread(lock.__enter__)
                 try:
-                    self._registry.names()  # what others wrote before it was our turn
-                    yield
+                    with _told(field):
+                        self._registry.names()  # what others wrote before it was our turn
+                        if field and self.is_pinned(name):
+                            problem = "was given when the server started and cannot be changed"
+                            raise ControlError(field, f"{show(name)} {problem}")
+                        yield
                 finally:
                     await asyncio.to_thread(lock.__exit__, None, None, None)
             outcome = "done"
-        except (ControlError, SteeringError) as error:
-            if getattr(error, "status", 400) < 500:
-                outcome = "refused"
+        except ControlError as error:
+            outcome = "refused" if error.status < 500 else "failed"
             logger.warning(
                 "cna action=%s %s outcome=%s reason=%r", action, subject, outcome, str(error)
             )
-            if isinstance(error, SteeringError):
-                raise ControlError(error.field, error.problem) from error
             raise
         finally:
             control_metrics().actions.labels(action=action, outcome=outcome).inc()
@@ -197,18 +182,12 @@ class ControlPlane:
             )
         return circuit
 
-    def _check_name(self, name: str, *, adapter: bool) -> None:
-        field = "adapter_name" if adapter else "circuit_name"
-        self._check_pinned(name, field)
-        _told(field, lambda: self._registry.check_free(name, "adapter" if adapter else "circuit"))
-        if self._others.is_base(name) or self._others.is_lora(name):
-            raise ControlError(field, f"{show(name)} is the name of a model or of a LoRA adapter")
-
-    def _check_pinned(self, name: str, field: str) -> None:
-        if name in self._registry.pinned:
-            raise ControlError(
-                field, f"{show(name)} was given when the server started and cannot be changed"
-            )
+    def _adapter(self, value: Mapping[str, Any]) -> Adapter:
+        adapter = Adapter.from_dict(value)
+        self._gate.admit(adapter.fields)
+        if adapter.lora is not None and not self._is_lora(adapter.lora):
+            raise ControlError("lora", f"no LoRA adapter is named {show(adapter.lora)}", 404)
+        return adapter
 
     async def _make_resident(self, circuit: Circuit) -> None:
         """On all engines or on none: those that took what another did not, give it back."""
@@ -227,14 +206,14 @@ class ControlPlane:
                 "cna", "an engine failed to load the circuit; the reason is in its log", 503
             ) from error
 
-    async def _persist(self, circuit: Circuit | None = None) -> None:
+    async def _persist(self, new: Entry | None = None) -> None:
         store = self._registry.store
         if store is None:
             return
 
         def write() -> None:
-            if circuit is not None:
-                store.save_circuit(circuit)
+            if isinstance(new, Circuit):
+                store.save_circuit(new)
             store.write(self._registry.stored())
 
         try:
@@ -243,13 +222,14 @@ class ControlPlane:
         except ControlError:
             with _registry_io():
                 self._registry.refresh()  # back to what is on disk: it was not acknowledged
-            if circuit is not None:
-                await self._retire(circuit)
+            if new is not None:
+                await self._retire(new)
             raise
 
-    async def _retire(self, content: Content) -> None:
-        if content.digest not in self._registry.names().digests():
-            await self._rpc("cna_unload", content.digest)
+    async def _retire(self, entry: Entry) -> None:
+        """Gives back the rows of content that no name stands for any more."""
+        if (digest := self._registry.unnamed(entry)) is not None:
+            await self._rpc("cna_unload", digest)
 
     async def _rpc(self, method: str, *args: Any) -> list[list[Any]]:
         """One call of all workers of all engines, and their answers by engine. A call that an
@@ -281,11 +261,14 @@ def _registry_io() -> Iterator[None]:
         ) from error
 
 
-def _told(field: str, act: Callable[[], T]) -> T:
-    """``act()``, with what it refuses told of ``field``."""
+@contextmanager
+def _told(field: str) -> Iterator[None]:
+    """What is refused within is told: of ``field``, where it names no other."""
     try:
-        return act()
+        yield
     except SteeringError as error:
         raise ControlError(error.field, error.problem) from error
     except CnaConfigError as error:
+        if not field:
+            raise
         raise ControlError(field, str(error)) from error

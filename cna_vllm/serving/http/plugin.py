@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from argparse import Namespace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class CnaEndpoints:
         from cna_vllm.serving.config import CnaConfigError
         from cna_vllm.serving.http.control_plane import ControlPlane
         from cna_vllm.serving.seams.gate import gate_of
-        from cna_vllm.serving.seams.served_names import ServedNames, api_process
+        from cna_vllm.serving.seams.http_app import api_process, is_lora
 
         gate = gate_of(engine_client)
         state.cna_control = None
@@ -55,7 +56,7 @@ class CnaEndpoints:
                 f"{servers} API server processes that load circuits need cna.registry_dir, a "
                 "folder that they share"
             )
-        control = ControlPlane(engine_client, ServedNames(state), gate)
+        control = ControlPlane(engine_client, partial(is_lora, state), gate)
         await control.reconcile()
         state.cna_control = control
         # /metrics adds up the counters of all API servers, and the workers' are the same for each.

@@ -3,21 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Annotated, Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from cna_vllm.serving.front.adapter import Adapter
-from cna_vllm.serving.front.registry import Names
-from cna_vllm.serving.http.control_plane import ControlError, ControlPlane
+from cna_vllm.serving.front.registry import Entry, kind_of
+from cna_vllm.serving.http.control_plane import ControlError, ControlPlane, Kind
 from cna_vllm.steering.circuit import Circuit
 from cna_vllm.steering.request import DEFAULT_SCOPE
 
 router = APIRouter()
-T = TypeVar("T")
 Number = StrictInt | StrictFloat
 Name = Annotated[StrictStr, Field(min_length=1, max_length=128)]
 
@@ -57,82 +56,64 @@ class UnloadAdapter(_Body):
 
 @router.post("/v1/load_cna_circuit")
 async def load_circuit(body: LoadCircuit, request: Request) -> JSONResponse:
-    return await _answer(
-        request,
-        lambda control: control.load_circuit(
-            body.circuit_name, body.circuit_path, load_inplace=body.load_inplace
-        ),
-        lambda circuit: describe_circuit(body.circuit_name, circuit, pinned=False),
-    )
+    return await _load(request, "circuit", body.circuit_name, body.circuit_path, body.load_inplace)
 
 
 @router.post("/v1/load_cna_adapter")
 async def load_adapter(body: LoadAdapter, request: Request) -> JSONResponse:
     fields = body.model_dump(exclude={"adapter_name", "load_inplace"}, exclude_none=True)
-    return await _answer(
-        request,
-        lambda control: control.load_adapter(
-            body.adapter_name, fields, load_inplace=body.load_inplace
-        ),
-        lambda adapter: describe_adapter(body.adapter_name, adapter, pinned=False),
-    )
+    return await _load(request, "adapter", body.adapter_name, fields, body.load_inplace)
 
 
 @router.post("/v1/unload_cna_circuit")
 async def unload_circuit(body: UnloadCircuit, request: Request) -> JSONResponse:
-    name = body.circuit_name
-    return await _answer(
-        request, lambda control: control.unload_circuit(name), lambda _: _deleted(name, "circuit")
-    )
+    return await _unload(request, "circuit", body.circuit_name)
 
 
 @router.post("/v1/unload_cna_adapter")
 async def unload_adapter(body: UnloadAdapter, request: Request) -> JSONResponse:
-    name = body.adapter_name
-    return await _answer(
-        request, lambda control: control.unload_adapter(name), lambda _: _deleted(name, "adapter")
-    )
+    return await _unload(request, "adapter", body.adapter_name)
 
 
 @router.get("/v1/cna_circuits")
 async def list_circuits(request: Request) -> JSONResponse:
-    return await _list(request, lambda names: names.circuits, describe_circuit)
+    return await _list(request, "circuit")
 
 
 @router.get("/v1/cna_circuits/{name:path}")
 async def inspect_circuit(name: str, request: Request) -> JSONResponse:
-    return await _answer(request, lambda control: control.circuit(name), inspect)
+    async def act(control: ControlPlane) -> dict[str, Any]:
+        circuit = control.entry("circuit", name)
+        assert isinstance(circuit, Circuit)
+        return {**describe(name, circuit, control.is_pinned(name)), **inspect(circuit)}
+
+    return await _answer(request, act)
 
 
 @router.get("/v1/cna_adapters")
 async def list_adapters(request: Request) -> JSONResponse:
-    return await _list(request, lambda names: names.adapters, describe_adapter)
+    return await _list(request, "adapter")
 
 
-def describe_circuit(name: str, circuit: Circuit, *, pinned: bool) -> dict[str, Any]:
-    """One entry of the list; pinned: given at start, so not to be changed."""
-    return {
-        "id": name,
-        "object": "cna.circuit",
-        "digest": circuit.digest,
-        "neurons": len(circuit),
-        "model": circuit.model,
-        "created": circuit.created,
-        "pinned": pinned,
-    }
+def describe(name: str, entry: Entry, pinned: bool) -> dict[str, Any]:
+    """One entry of a list; pinned: given at start, so not to be changed."""
+    about: dict[str, Any] = {}
+    if isinstance(entry, Adapter):
+        about = entry.to_dict()
+    elif isinstance(entry, Circuit):
+        about = {
+            "digest": entry.digest,
+            "neurons": len(entry),
+            "model": entry.model,
+            "created": entry.created,
+        }
+    return {"id": name, "object": f"cna.{kind_of(entry)}", **about, "pinned": pinned}
 
 
-def describe_adapter(name: str, adapter: Adapter, *, pinned: bool) -> dict[str, Any]:
-    """One entry of the list."""
-    return {"id": name, "object": "cna.adapter", **adapter.to_dict(), "pinned": pinned}
-
-
-def inspect(found: tuple[str, Circuit, bool]) -> dict[str, Any]:
-    """A circuit's entry with its provenance, layer profile and strongest neurons."""
-    name, circuit, pinned = found
+def inspect(circuit: Circuit) -> dict[str, Any]:
+    """A circuit's provenance, layer profile and strongest neurons."""
     strongest = sorted(circuit.neurons, key=lambda n: -abs(n.delta))[:20]
     return {
-        **describe_circuit(name, circuit, pinned=pinned),
         "architecture": circuit.architecture,
         "num_layers": circuit.num_layers,
         "intermediate_size": circuit.intermediate_size,
@@ -143,38 +124,41 @@ def inspect(found: tuple[str, Circuit, bool]) -> dict[str, Any]:
     }
 
 
-def _deleted(name: str, kind: str) -> dict[str, Any]:
-    return {"id": name, "object": f"cna.{kind}", "deleted": True}
-
-
-async def _list(
-    request: Request,
-    entries: Callable[[Names], Mapping[str, T]],
-    describe: Callable[..., dict[str, Any]],
+async def _load(
+    request: Request, kind: Kind, name: str, source: Any, load_inplace: bool
 ) -> JSONResponse:
-    """All entries of one kind, by name. describe: (name, entry, pinned=...) -> object."""
+    async def act(control: ControlPlane) -> dict[str, Any]:
+        entry = await control.load(kind, name, source, load_inplace=load_inplace)
+        return describe(name, entry, pinned=False)
 
-    def listed(found: tuple[Names, frozenset[str]]) -> dict[str, Any]:
-        names, pinned = found
-        data = [
-            describe(name, entry, pinned=name in pinned)
-            for name, entry in sorted(entries(names).items())
-        ]
+    return await _answer(request, act)
+
+
+async def _unload(request: Request, kind: Kind, name: str) -> JSONResponse:
+    async def act(control: ControlPlane) -> dict[str, Any]:
+        await control.unload(kind, name)
+        return {"id": name, "object": f"cna.{kind}", "deleted": True}
+
+    return await _answer(request, act)
+
+
+async def _list(request: Request, kind: Kind) -> JSONResponse:
+    async def act(control: ControlPlane) -> dict[str, Any]:
+        found = sorted(control.entries(kind).items())
+        data = [describe(name, entry, control.is_pinned(name)) for name, entry in found]
         return {"object": "list", "data": data}
 
-    return await _answer(request, lambda control: control.names(), listed)
+    return await _answer(request, act)
 
 
 async def _answer(
-    request: Request,
-    act: Callable[[ControlPlane], Awaitable[T]],
-    describe: Callable[[T], dict[str, Any]],
+    request: Request, act: Callable[[ControlPlane], Awaitable[dict[str, Any]]]
 ) -> JSONResponse:
     control: ControlPlane | None = request.app.state.cna_control
     if control is None:
         return _refusal("cna", "this server was started without a cna configuration", 404)
     try:
-        return JSONResponse(describe(await act(control)))
+        return JSONResponse(await act(control))
     except ControlError as error:
         return _refusal(error.field, str(error), error.status)
 

@@ -5,23 +5,15 @@ Everything outside uses what the package ``vllm`` itself exports, and methods of
 documents; ``tests/test_vllm_room.py`` holds that, and ``tests/integration/test_seams.py`` the
 contract of each seam for the installed version.
 
-Some are wrappers, each of which calls the original and adds one thing. Without a ``cna`` key in
-``additional_config`` those of the worker and of the API server are not even installed, and those of
-the front end only refuse requests that ask for steering. ``front_end``: admission; ``api_server``:
-adapters as models; ``http_app``: the guard around all routes; ``batch_runner``: lines of its files;
-``engine_core``: what was not admitted is refused, block keys, and the life of circuits that
-requests still need; ``engines``: all engines of a deployment, and what they hold from the start;
-``scheduler``: the account of steered rows; ``worker``: the model and its batch; ``compile_cache``:
-its key; ``failures``: what the core ended, told by the front end; ``unsupported``: where these do
-not fit.
-
-The others only read or call: ``model``: classes and configuration of a model; ``attach``: hooks a
-loaded one; ``quantization``: what is fused with its activations; ``kv_blocks``: a worker's cache;
-``offline``: an ``LLM``; ``gate``: where admission is held; ``served_names``: an API server;
-``command_line``: flags; ``platform``: the machine.
+Some are wrappers, each of which calls the original and adds one thing (``wrapping``); the others
+only read or call. Without a ``cna`` key in ``additional_config`` those of the worker and of the API
+server are not even installed, and those of the front end only refuse requests for steering.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 SUPPORTED = ("0.32", "0.33")
 
@@ -42,7 +34,6 @@ def install() -> None:
         failures,
         front_end,
         scheduler,
-        unsupported,
         worker,
     )
     from cna_vllm.serving.seams.wrapping import probe
@@ -58,9 +49,29 @@ def install() -> None:
     if ".".join(vllm.__version__.split(".")[:2]) not in SUPPORTED:
         told.insert(0, f"{vllm.__version__} is none of the versions {', '.join(SUPPORTED)}")
     if told:
-        unsupported.refuse(told)
+        _refuse(told)
         if front_end not in problems:
             front_end.install()
         return
     for seam in seams:
         seam.install()
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    """Configurations that are made from now on and have a ``cna`` key raise CnaConfigError."""
+    from vllm.config import VllmConfig
+
+    from cna_vllm.serving.config import CONFIG_KEY, CnaConfigError
+    from cna_vllm.serving.seams.wrapping import Original, adding, wrap
+
+    @adding
+    def post_init(original: Original, self: Any, *args: Any, **kwargs: Any) -> None:
+        config = self.additional_config
+        if isinstance(config, dict) and CONFIG_KEY in config:
+            raise CnaConfigError(
+                f"cna: this vLLM cannot be steered: {'; '.join(problems)}; install one that "
+                "can, or remove the cna key"
+            )
+        original(self, *args, **kwargs)
+
+    wrap(VllmConfig, "__post_init__", post_init)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
@@ -21,7 +21,7 @@ from cna_vllm.serving.front.metrics import admit_counted
 from cna_vllm.serving.front.registry import a_kind
 from cna_vllm.serving.seams import batch_runner, http_app
 from cna_vllm.serving.seams.gate import gate_of
-from cna_vllm.serving.seams.wrapping import wrap
+from cna_vllm.serving.seams.wrapping import Original, adding, wrap
 from cna_vllm.steering.circuit import show
 from cna_vllm.steering.request import FIELD_CIRCUIT, FIELD_PREFIX, RESOLVED_FIELD, SteeringError
 
@@ -58,81 +58,71 @@ def validation_error(error: SteeringError) -> Exception:
     return VLLMValidationError(str(error), parameter=error.field)
 
 
-def _models_init(original: Callable[..., None]) -> Callable[..., None]:
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        if (gate := gate_of(self)) is not None:
-            loras = [module.name for module in self.static_lora_modules or ()]
-            gate.registry.reserve([*(path.name for path in self.base_model_paths), *loras])
-
-    return __init__
+@adding
+def _models_init(original: Original, self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    if (gate := gate_of(self)) is not None:
+        loras = [module.name for module in self.static_lora_modules or ()]
+        gate.registry.reserve([*(path.name for path in self.base_model_paths), *loras])
 
 
-def _show_available_models(original: Callable[..., Any]) -> Callable[..., Any]:
-    async def show_available_models(self: Any) -> Any:
-        from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
+@adding
+async def _show_available_models(original: Original, self: Any) -> Any:
+    from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 
-        models = await original(self)
-        if (gate := gate_of(self)) is not None:
-            base = self.base_model_paths[0].name
-            models.data.extend(
-                ModelCard(id=name, root=base, parent=base, permission=[ModelPermission()])
-                for name in sorted(gate.registry.names().adapters)
-            )
-        return models
-
-    return show_available_models
+    models = await original(self)
+    if (gate := gate_of(self)) is not None:
+        base = self.base_model_paths[0].name
+        models.data.extend(
+            ModelCard(id=name, root=base, parent=base, permission=[ModelPermission()])
+            for name in sorted(gate.registry.names().adapters)
+        )
+    return models
 
 
-def _model_name(original: Callable[..., str]) -> Callable[..., str]:
-    def model_name(self: Any, lora_request: Any = None) -> str:
-        served = _SERVED.get()
-        return original(self, lora_request) if served is None else served[0]
-
-    return model_name
+@adding
+def _model_name(original: Original, self: Any, lora_request: Any = None) -> str:
+    served = _SERVED.get()
+    return original(self, lora_request) if served is None else served[0]
 
 
-def _check_load_lora(original: Callable[..., Any]) -> Callable[..., Any]:
-    async def _check_load_lora_adapter_request(self: Any, request: Any) -> Any:
-        from vllm.entrypoints.serve import create_error_response
+@adding
+async def _check_load_lora(original: Original, self: Any, request: Any) -> Any:
+    from vllm.entrypoints.serve import create_error_response
 
-        gate = gate_of(self)
-        names = gate.registry.names() if gate is not None else None
-        if names and (kind := names.kind(request.lora_name)) is not None:
-            return create_error_response(
-                f"lora_name: {show(request.lora_name)} is the name of {a_kind(kind)} of "
-                "cna_vllm; choose another"
-            )
-        return await original(self, request)
-
-    return _check_load_lora_adapter_request
+    gate = gate_of(self)
+    names = gate.registry.names() if gate is not None else None
+    if names and (kind := names.kind(request.lora_name)) is not None:
+        return create_error_response(
+            f"lora_name: {show(request.lora_name)} is the name of {a_kind(kind)} of "
+            "cna_vllm; choose another"
+        )
+    return await original(self, request)
 
 
-def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    async def _check_model(self: Any, request: Any) -> Any:
-        _SERVED.set(None)
-        try:
-            if (wrong := _unwritable(request.model)) is not None:
-                raise wrong
-            gate = gate_of(self.models)
-            # Requests for the base model need no look at the registry.
-            adapter = None
-            if gate is not None and not self._is_model_supported(request.model):
-                adapter = gate.registry.adapter(request.model)
-            if adapter is None and (error := await original(self, request)) is not None:
-                if gate is not None and error.error.code == HTTPStatus.NOT_FOUND:
-                    error.error.message += _known_models(request.model, self.models, gate)
-                return error
-            _admit(self, request, adapter, gate)
-            if adapter is not None:
-                _SERVED.set((request.model, self.models.lora_requests.get(adapter.lora)))
-            return None
-        except SteeringError as error:
-            return self.create_error_response(
-                str(error), status_code=HTTPStatus.BAD_REQUEST, param=error.field
-            )
-
-    return _check_model
+@adding
+async def _check_model(original: Original, self: Any, request: Any) -> Any:
+    _SERVED.set(None)
+    try:
+        if (wrong := _unwritable(request.model)) is not None:
+            raise wrong
+        gate = gate_of(self.models)
+        # Requests for the base model need no look at the registry.
+        adapter = None
+        if gate is not None and not self._is_model_supported(request.model):
+            adapter = gate.registry.adapter(request.model)
+        if adapter is None and (error := await original(self, request)) is not None:
+            if gate is not None and error.error.code == HTTPStatus.NOT_FOUND:
+                error.error.message += _known_models(request.model, self.models, gate)
+            return error
+        _admit(self, request, adapter, gate)
+        if adapter is not None:
+            _SERVED.set((request.model, self.models.lora_requests.get(adapter.lora)))
+        return None
+    except SteeringError as error:
+        return self.create_error_response(
+            str(error), status_code=HTTPStatus.BAD_REQUEST, param=error.field
+        )
 
 
 def _admit(
@@ -221,34 +211,28 @@ def _known_models(model: str, models: Any, gate: admission.Admission) -> str:
     )
 
 
-def _is_model_supported(original: Callable[..., bool]) -> Callable[..., bool]:
+@adding
+def _is_model_supported(original: Original, self: Any, model_name: str | None) -> bool:
     """With ``VLLM_SKIP_MODEL_NAME_VALIDATION`` every name is that of the base model, but for those
     that stand for something else."""
-
-    def _is_model_supported(self: Any, model_name: str | None) -> bool:
-        if not original(self, model_name):
-            return False
-        gate = gate_of(self.models)
-        if gate is None or not model_name or self.models.is_base_model(model_name):
-            return True
-        return gate.registry.names().kind(model_name) is None
-
-    return _is_model_supported
+    if not original(self, model_name):
+        return False
+    gate = gate_of(self.models)
+    if gate is None or not model_name or self.models.is_base_model(model_name):
+        return True
+    return gate.registry.names().kind(model_name) is None
 
 
-def _to_chat_completion_request(original: Callable[..., Any]) -> Callable[..., Any]:
+@adding
+def _to_chat_completion_request(original: Original, self: Any, messages: Any) -> Any:
     """Each conversation of a batch gets what was admitted for all, which no JSON could say."""
-
-    def to_chat_completion_request(self: Any, messages: Any) -> Any:
-        xargs = dict(getattr(self, "vllm_xargs", None) or {})
-        steering = xargs.pop(RESOLVED_FIELD, None)
-        if steering is None:
-            return original(self, messages)
-        single = original(self.model_copy(update={"vllm_xargs": xargs or None}), messages)
-        single.vllm_xargs = {**(single.vllm_xargs or {}), RESOLVED_FIELD: steering}
-        return single
-
-    return to_chat_completion_request
+    xargs = dict(getattr(self, "vllm_xargs", None) or {})
+    steering = xargs.pop(RESOLVED_FIELD, None)
+    if steering is None:
+        return original(self, messages)
+    single = original(self.model_copy(update={"vllm_xargs": xargs or None}), messages)
+    single.vllm_xargs = {**(single.vllm_xargs or {}), RESOLVED_FIELD: steering}
+    return single
 
 
 def _unwritable(model: Any) -> SteeringError | None:
@@ -261,9 +245,9 @@ def _unwritable(model: Any) -> SteeringError | None:
     return None
 
 
-def _maybe_get_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
-    def _maybe_get_adapters(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        served = _SERVED.get()
-        return original(self, request, *args, **kwargs) if served is None else served[1]
-
-    return _maybe_get_adapters
+@adding
+def _maybe_get_adapters(
+    original: Original, self: Any, request: Any, *args: Any, **kwargs: Any
+) -> Any:
+    served = _SERVED.get()
+    return original(self, request, *args, **kwargs) if served is None else served[1]

@@ -6,16 +6,17 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cna_vllm.serving.config import CircuitTableError, CnaConfig
 from cna_vllm.serving.core.admission import CoreAdmission
 from cna_vllm.serving.core.cache_keys import BlockKey, steering_key
 from cna_vllm.serving.seams.api_server import validation_error
-from cna_vllm.serving.seams.wrapping import Wrap, wrap
+from cna_vllm.serving.seams.gate import keep_steering, steering_of
+from cna_vllm.serving.seams.wrapping import Original, Wrap, adding, wrap
 from cna_vllm.steering.packed import KindName, Packed
-from cna_vllm.steering.request import RESOLVED_FIELD, Steering, SteeringError
+from cna_vllm.steering.request import SteeringError
 
 logger = logging.getLogger("vllm.cna")
 ASLEEP = "the engine sleeps, and its memory is elsewhere; wake it up first"
@@ -36,22 +37,19 @@ def install(wrap: Wrap = wrap) -> None:
     wrap(EngineCoreProc, "_handle_request_preproc_error", _handle_request_preproc_error)
 
 
-def _block_keys(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    def _gen_prompt_embeds_extra_hash_keys(
-        request: Any, start_token_idx: int, end_token_idx: int
-    ) -> list[Any]:
-        keys = original(request, start_token_idx, end_token_idx)
-        params = request.sampling_params
-        if params is None or not params.extra_args:
-            return keys
-        held = vars(request)
-        if "cna_key" not in held:
-            held["cna_key"] = steering_key(params.extra_args, request.num_prompt_tokens)
-        steered: BlockKey | None = held["cna_key"]
-        key = None if steered is None else steered.of_block(end_token_idx)
-        return keys if key is None else [*keys, key]
-
-    return _gen_prompt_embeds_extra_hash_keys
+@adding
+def _block_keys(
+    original: Original, request: Any, start_token_idx: int, end_token_idx: int
+) -> list[Any]:
+    keys = original(request, start_token_idx, end_token_idx)
+    if (steering := steering_of(request)) is None:
+        return keys
+    held = vars(request)
+    if "cna_key" not in held:
+        held["cna_key"] = steering_key(steering, request.num_prompt_tokens)
+    steered: BlockKey = held["cna_key"]
+    key = steered.of_block(end_token_idx)
+    return keys if key is None else [*keys, key]
 
 
 class ResidentContent:
@@ -88,7 +86,8 @@ class ResidentContent:
     def begin_load(self, requests: Iterable[Any]) -> list[str]:
         """Digests of the scheduler's requests and of those on their way. What is unloaded and not
         among them may be overwritten: from now on no request gets it."""
-        known = {d for request in requests for d in _digests(request)}
+        steered = (steering_of(request) for request in requests)
+        known = {d for steering in steered if steering for d in steering.digests}
         with self._lock:
             wanted = known.union(*self._pending.values())
             self._resident &= self._loaded.keys() | wanted
@@ -112,134 +111,113 @@ class ResidentContent:
             return sum(one == kind for one in self._loaded.values())
 
 
-def _digests(request: Any) -> Iterator[str]:
-    extra_args = getattr(request.sampling_params, "extra_args", None) or {}
-    if (resolved := extra_args.get(RESOLVED_FIELD)) is not None:
-        yield from Steering.from_field(resolved).digests
-
-
 def _content_of(core: Any) -> ResidentContent:
     """Made on first use: a core loads plugins, and with them these seams, while it is built."""
     content: ResidentContent = vars(core).setdefault("cna_content", ResidentContent())
     return content
 
 
-def _initialize_kv_caches(original: Callable[..., Any]) -> Callable[..., Any]:
-    def initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
-        config = CnaConfig.from_additional_config(vllm_config.additional_config)
-        self.cna_admission = CoreAdmission(config)
-        return original(self, vllm_config)
-
-    return initialize_kv_caches
+@adding
+def _initialize_kv_caches(original: Original, self: Any, vllm_config: Any) -> Any:
+    config = CnaConfig.from_additional_config(vllm_config.additional_config)
+    self.cna_admission = CoreAdmission(config)
+    return original(self, vllm_config)
 
 
-def _preprocess_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
+@adding
+def _preprocess_add_request(original: Original, self: Any, request: Any) -> Any:
     """Where every request of every client passes, also of such as know nothing of circuits."""
-
-    def preprocess_add_request(self: Any, request: Any) -> Any:
-        extra_args = getattr(request.sampling_params, "extra_args", None)
-        if not extra_args:
-            return original(self, request)
-        try:
-            steering = self.cna_admission.steering(extra_args, resumable=request.resumable)
-        except SteeringError as error:
-            raise validation_error(error) from error
-        if steering is None:
-            return original(self, request)
-        content = _content_of(self)
-        content.hold(request.request_id, steering.digests)
-        try:
-            return original(self, request)
-        except BaseException:
-            content.release(request.request_id)
-            raise
-
-    return preprocess_add_request
+    extra_args = getattr(request.sampling_params, "extra_args", None)
+    if not extra_args:
+        return original(self, request)
+    try:
+        steering = self.cna_admission.steering(extra_args, resumable=request.resumable)
+    except SteeringError as error:
+        raise validation_error(error) from error
+    if steering is None:
+        return original(self, request)
+    keep_steering(request, steering)
+    content = _content_of(self)
+    content.hold(request.request_id, steering.digests)
+    try:
+        return original(self, request)
+    except BaseException:
+        content.release(request.request_id)
+        raise
 
 
-def _add_request(original: Callable[..., None]) -> Callable[..., None]:
+@adding
+def _add_request(original: Original, self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
     """The scheduler knows the circuits of its requests by itself."""
-
-    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            original(self, request, *args, **kwargs)
-        finally:
-            _content_of(self).release(request.request_id)
-
-    return add_request
+    try:
+        original(self, request, *args, **kwargs)
+    finally:
+        _content_of(self).release(request.request_id)
 
 
-def _handle_client_request(original: Callable[..., None]) -> Callable[..., None]:
+@adding
+def _handle_client_request(original: Original, self: Any, request_type: Any, request: Any) -> None:
     """A core that is paused or shuts down answers a preprocessed request without adding it."""
+    from vllm.v1.engine import EngineCoreRequestType
 
-    def handle_client_request(self: Any, request_type: Any, request: Any) -> None:
-        from vllm.v1.engine import EngineCoreRequestType
-
-        try:
-            original(self, request_type, request)
-        finally:
-            if request_type == EngineCoreRequestType.ADD:
-                _content_of(self).release(request[0].request_id)
-
-    return handle_client_request
+    try:
+        original(self, request_type, request)
+    finally:
+        if request_type == EngineCoreRequestType.ADD:
+            _content_of(self).release(request[0].request_id)
 
 
-def _handle_request_preproc_error(original: Callable[..., None]) -> Callable[..., None]:
+@adding
+def _handle_request_preproc_error(original: Original, self: Any, request: Any) -> None:
     """Tells a client why its request was refused, where vLLM would say only that it failed.
 
     vLLM 0.33 sends the message of a validation error by itself and comes here for others only.
     """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 
-    def handle_request_preproc_error(self: Any, request: Any) -> None:
-        from vllm.exceptions import VLLMValidationError
-        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
-
-        error = sys.exception()
-        if not isinstance(error, VLLMValidationError | CircuitTableError):
-            original(self, request)
-            return
-        logger.warning("request %s was refused: %s", request.request_id, error)
-        output = EngineCoreOutput(
-            request.request_id, [], finish_reason=FinishReason.ERROR, stop_reason=str(error)
-        )
-        outputs = EngineCoreOutputs(finished_requests={request.request_id}, outputs=[output])
-        self.output_queue.put_nowait((request.client_index, outputs))
-
-    return handle_request_preproc_error
+    error = sys.exception()
+    if not isinstance(error, VLLMValidationError | CircuitTableError):
+        original(self, request)
+        return
+    logger.warning("request %s was refused: %s", request.request_id, error)
+    output = EngineCoreOutput(
+        request.request_id, [], finish_reason=FinishReason.ERROR, stop_reason=str(error)
+    )
+    outputs = EngineCoreOutputs(finished_requests={request.request_id}, outputs=[output])
+    self.output_queue.put_nowait((request.client_index, outputs))
 
 
-def _collective_rpc(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+@adding
+def _collective_rpc(
+    original: Original,
+    self: Any,
+    method: Any,
+    timeout: float | None = None,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+) -> list[Any]:
     """Tells workers that make room for a circuit or a vector what unfinished requests need;
     answers for its counters itself, without a word to the workers."""
-
-    def collective_rpc(
-        self: Any,
-        method: Any,
-        timeout: float | None = None,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> list[Any]:
-        if method not in ("cna_load", "cna_unload", "cna_counters"):
-            return original(self, method, timeout, args, kwargs)
-        content = _content_of(self)
-        if method == "cna_counters":
-            tokens = self.scheduler.cna_ledger.steered_tokens()
-            return [{"circuits": content.loaded("circuit"), "steered_tokens": tokens}]
-        if method == "cna_unload":
-            content.unload(args[0])
-            return original(self, method, timeout, args, kwargs)
-        if self.model_executor.is_sleeping:
-            return [{"resident": [], "refused": ASLEEP}]
-        wanted = content.begin_load(self.scheduler.requests.values())
-        kind, digest, *_ = Packed(*args)
-        try:
-            kwargs = {**(kwargs or {}), "wanted": wanted}
-            reports = original(self, method, timeout, args, kwargs)
-        except Exception:
-            # Some worker may have overwritten a row before another failed.
-            content.end_load(kind, digest, original(self, "cna_status"))
-            raise
-        content.end_load(kind, digest, reports)
-        return reports
-
-    return collective_rpc
+    if method not in ("cna_load", "cna_unload", "cna_counters"):
+        return original(self, method, timeout, args, kwargs)
+    content = _content_of(self)
+    if method == "cna_counters":
+        tokens = self.scheduler.cna_ledger.steered_tokens()
+        return [{"circuits": content.loaded("circuit"), "steered_tokens": tokens}]
+    if method == "cna_unload":
+        content.unload(args[0])
+        return original(self, method, timeout, args, kwargs)
+    if self.model_executor.is_sleeping:
+        return [{"resident": [], "refused": ASLEEP}]
+    wanted = content.begin_load(self.scheduler.requests.values())
+    kind, digest, *_ = Packed(*args)
+    try:
+        kwargs = {**(kwargs or {}), "wanted": wanted}
+        reports = original(self, method, timeout, args, kwargs)
+    except Exception:
+        # Some worker may have overwritten a row before another failed.
+        content.end_load(kind, digest, original(self, "cna_status"))
+        raise
+    content.end_load(kind, digest, reports)
+    return reports

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
+from cna_vllm.serving.front.store import RegistryStore
 from cna_vllm.serving.seams.gate import gate_of
-from cna_vllm.serving.seams.wrapping import Wrap, wrap
+from cna_vllm.serving.seams.wrapping import Original, Wrap, adding, wrap
 from cna_vllm.steering.packed import Packed
 
 
@@ -25,39 +27,50 @@ def install(wrap: Wrap = wrap) -> None:
     wrap(AsyncLLM, "add_request", _async_add_request)
 
 
-def _llm_engine_init(original: Callable[..., None]) -> Callable[..., None]:
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        for content in _contents(self):
-            for report in self.collective_rpc("cna_load", args=tuple(content)):
-                _refuse(report)
-
-    return __init__
+@adding
+def _llm_engine_init(original: Original, self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    for content in _contents(self):
+        for report in self.collective_rpc("cna_load", args=tuple(content)):
+            _refuse(report)
 
 
-def _async_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
-    async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        await ready(self)
-        return await original(self, *args, **kwargs)
-
-    return add_request
+@adding
+async def _async_add_request(original: Original, self: Any, *args: Any, **kwargs: Any) -> Any:
+    await ready(self)
+    return await original(self, *args, **kwargs)
 
 
-async def ready(engine_client: Any) -> None:
+async def ready(engine_client: Any) -> list[Any]:
     """Returns when every engine holds what this front end's names stood for when it was first
-    asked. Raises CnaConfigError, each time, where one does not take it."""
+    asked: the engines' workers' status then.
+
+    Raises CnaConfigError, each time, where one does not take it, or holds other content too.
+    """
     held = vars(engine_client)
     if "cna_ready" not in held:
         held["cna_ready"] = asyncio.ensure_future(_push(engine_client))
     if not held["cna_ready"].done() or held["cna_ready"].exception() is not None:
         await asyncio.shield(held["cna_ready"])
+    engines: list[Any] = held["cna_ready"].result()
+    return engines
 
 
-async def _push(engine_client: Any) -> None:
-    for content in await asyncio.to_thread(_contents, engine_client):
-        for reports in await call_every_engine(engine_client, "cna_load", tuple(content)):
-            for report in reports:
-                _refuse(report)
+async def _push(engine_client: Any) -> list[Any]:
+    contents = await asyncio.to_thread(_contents, engine_client)
+    for content in contents:
+        for report in chain(*await call_every_engine(engine_client, "cna_load", tuple(content))):
+            _refuse(report)
+    if gate_of(engine_client) is None:
+        return []
+    engines = await call_every_engine(engine_client, "cna_status", ())
+    named = {content.digest for content in contents}
+    if any({*report["circuits"], *report["vectors"]} != named for report in chain(*engines)):
+        raise CnaConfigError(
+            "cna: this API server and another one read different content under the same names: a "
+            "file was changed while they started; start the server again"
+        )
+    return engines
 
 
 def _contents(engine: Any) -> list[Packed]:
@@ -65,8 +78,7 @@ def _contents(engine: Any) -> list[Packed]:
     gate = gate_of(engine)
     if gate is None:
         return []
-    contents = {c.digest: c for c in gate.registry.names().contents.values()}
-    return [content.packed() for content in contents.values()]
+    return [content.packed() for content in gate.registry.names().contents().values()]
 
 
 def _refuse(report: Mapping[str, Any]) -> None:
@@ -104,20 +116,19 @@ def refuse_partial_control(config: CnaConfig, parallel_config: Any) -> None:
         )
 
 
-def _bind_engine_zmq_listeners(original: Callable[..., Any]) -> Callable[..., Any]:
+@adding
+def _bind_engine_zmq_listeners(
+    original: Original, vllm_config: Any, *args: Any, **kwargs: Any
+) -> Any:
     """The first step of servers whose front ends are processes of their own."""
+    from vllm import envs
 
-    def bind_engine_zmq_listeners(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm import envs
-
-        if (
-            envs.VLLM_USE_RUST_FRONTEND
-            and CnaConfig.from_additional_config(vllm_config.additional_config) is not None
-        ):
-            raise CnaConfigError(
-                "VLLM_USE_RUST_FRONTEND: the Rust front end does not admit requests for circuits; "
-                "unset it, or start the server without a cna key"
-            )
-        return original(vllm_config, *args, **kwargs)
-
-    return bind_engine_zmq_listeners
+    config = CnaConfig.from_additional_config(vllm_config.additional_config)
+    if config is not None and config.registry_dir is not None:
+        RegistryStore(config.registry_dir).claim()
+    if config is not None and envs.VLLM_USE_RUST_FRONTEND:
+        raise CnaConfigError(
+            "VLLM_USE_RUST_FRONTEND: the Rust front end does not admit requests for circuits; "
+            "unset it, or start the server without a cna key"
+        )
+    return original(vllm_config, *args, **kwargs)

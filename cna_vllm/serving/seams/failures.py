@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from cna_vllm.serving.core.ledger import failure_of
 from cna_vllm.serving.front.metrics import control_metrics
-from cna_vllm.serving.seams.wrapping import Wrap, wrap
+from cna_vllm.serving.seams.wrapping import Original, Wrap, adding, wrap
 from cna_vllm.steering.request import FIELD_MULTIPLIER
 
 
@@ -19,24 +18,24 @@ def install(wrap: Wrap = wrap) -> None:
     wrap(OutputProcessor, "process_outputs", _process_outputs)
 
 
-def _process_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
-    def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        failed = [output for output in engine_core_outputs if _message(output) is not None]
-        for output in failed:
-            state = self.request_states.get(output.request_id)
-            if state is None:
-                continue
-            message = str(output.stop_reason)
-            control_metrics().failed.labels(reason=failure_of(message)).inc()
-            if state.queue is not None:  # what is awaited there raises it
-                state.queue.put(_exception(message))
-        result = original(self, engine_core_outputs, *args, **kwargs)
-        if failed:
-            for request_output in result.request_outputs:
-                _without_text(request_output)
-        return result
-
-    return process_outputs
+@adding
+def _process_outputs(
+    original: Original, self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any
+) -> Any:
+    failed = [output for output in engine_core_outputs if _message(output) is not None]
+    for output in failed:
+        state = self.request_states.get(output.request_id)
+        if state is None:
+            continue
+        message = str(output.stop_reason)
+        control_metrics().failed.labels(reason=failure_of(message)).inc()
+        if state.queue is not None:  # what is awaited there raises it
+            state.queue.put(_exception(message))
+    result = original(self, engine_core_outputs, *args, **kwargs)
+    if failed:
+        for request_output in result.request_outputs:
+            _without_text(request_output)
+    return result
 
 
 def _message(output: Any) -> str | None:

@@ -4,12 +4,13 @@ are. Without a ``cna`` key each costs one look at an attribute."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from cna_vllm.serving.config import CnaConfig
 from cna_vllm.serving.core.ledger import Ledger
-from cna_vllm.serving.seams.wrapping import Wrap, wrap
+from cna_vllm.serving.seams.gate import steering_of
+from cna_vllm.serving.seams.wrapping import Original, Wrap, adding, wrap
 
 REPORT_ATTRIBUTE = "cna_report"  # of a ModelRunnerOutput
 SCRUB_ATTRIBUTE = "cna_scrub"  # of a SchedulerOutput
@@ -26,48 +27,46 @@ def install(wrap: Wrap = wrap) -> None:
     wrap(KVCacheManager, "free", _free)
 
 
-def _scheduler_init(original: Callable[..., None]) -> Callable[..., None]:
-    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, vllm_config, *args, **kwargs)
-        configured = CnaConfig.from_additional_config(vllm_config.additional_config) is not None
-        dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-        self.cna_ledger = self.kv_cache_manager.cna_ledger = Ledger(dtype) if configured else None
-
-    return __init__
-
-
-def _schedule(original: Callable[..., Any]) -> Callable[..., Any]:
-    def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = original(self, *args, **kwargs)
-        if self.cna_ledger is not None:
-            for req_id in output.finished_req_ids:
-                self.cna_ledger.end(req_id)
-            for new in output.scheduled_new_reqs:
-                extra_args = getattr(new.sampling_params, "extra_args", None)
-                self.cna_ledger.begin(new.req_id, extra_args, new.prompt_len)
-            if scrub := self.cna_ledger.take_scrub():
-                setattr(output, SCRUB_ATTRIBUTE, scrub)
-        return output
-
-    return schedule
+@adding
+def _scheduler_init(
+    original: Original, self: Any, vllm_config: Any, *args: Any, **kwargs: Any
+) -> None:
+    original(self, vllm_config, *args, **kwargs)
+    configured = CnaConfig.from_additional_config(vllm_config.additional_config) is not None
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    self.cna_ledger = self.kv_cache_manager.cna_ledger = Ledger(dtype) if configured else None
 
 
-def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
-    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        ledger: Ledger | None = self.cna_ledger
-        if ledger is None:
-            return original(self, scheduler_output, model_runner_output)
-        report = getattr(model_runner_output, REPORT_ATTRIBUTE, None)
-        scheduled = scheduler_output.num_scheduled_tokens
-        wrong = ledger.check(scheduled, _computed(scheduler_output), report)
-        # Before the step's tokens are taken in: to what follows these requests are aborted ones.
-        ended = _end(self, wrong) if wrong else []
-        outputs = original(self, scheduler_output, model_runner_output)
-        for client, output in ended:
-            _outputs_of(outputs, client).outputs.append(output)
-        return outputs
+@adding
+def _schedule(original: Original, self: Any, *args: Any, **kwargs: Any) -> Any:
+    output = original(self, *args, **kwargs)
+    if self.cna_ledger is not None:
+        for req_id in output.finished_req_ids:
+            self.cna_ledger.end(req_id)
+        for new in output.scheduled_new_reqs:
+            if (steering := steering_of(new)) is not None:
+                self.cna_ledger.begin(new.req_id, steering, new.prompt_len)
+        if scrub := self.cna_ledger.take_scrub():
+            setattr(output, SCRUB_ATTRIBUTE, scrub)
+    return output
 
-    return update_from_output
+
+@adding
+def _update_from_output(
+    original: Original, self: Any, scheduler_output: Any, model_runner_output: Any
+) -> Any:
+    ledger: Ledger | None = self.cna_ledger
+    if ledger is None:
+        return original(self, scheduler_output, model_runner_output)
+    report = getattr(model_runner_output, REPORT_ATTRIBUTE, None)
+    scheduled = scheduler_output.num_scheduled_tokens
+    wrong = ledger.check(scheduled, _computed(scheduler_output), report)
+    # Before the step's tokens are taken in: to what follows these requests are aborted ones.
+    ended = _end(self, wrong) if wrong else []
+    outputs = original(self, scheduler_output, model_runner_output)
+    for client, output in ended:
+        _outputs_of(outputs, client).outputs.append(output)
+    return outputs
 
 
 def _computed(scheduler_output: Any) -> Iterator[tuple[str, int]]:
@@ -107,27 +106,24 @@ def _outputs_of(outputs: dict[int, Any], client: int) -> Any:
     return outputs[client]
 
 
-def _free(original: Callable[..., None]) -> Callable[..., None]:
+@adding
+def _free(original: Original, self: Any, request: Any) -> None:
     """Every way by which a request gives its blocks back: finished, aborted or preempted."""
-
-    def free(self: Any, request: Any) -> None:
-        ledger: Ledger | None = getattr(self, "cna_ledger", None)
-        if ledger is None:
-            original(self, request)
-            return
-        start = ledger.unsound_from(
-            request.request_id, request.num_computed_tokens, request.num_in_flight_tokens
-        )
-        if start is not None:
-            unsound = set(_blocks_from(self, request.request_id, start))
-            self.evict_blocks(unsound)
-            ledger.taint(unsound)
+    ledger: Ledger | None = getattr(self, "cna_ledger", None)
+    if ledger is None:
         original(self, request)
-        if ledger.has_tainted:
-            blocks = self.block_pool.blocks
-            ledger.scrub_unused(lambda block: blocks[block].ref_cnt > 0)
-
-    return free
+        return
+    start = ledger.unsound_from(
+        request.request_id, request.num_computed_tokens, request.num_in_flight_tokens
+    )
+    if start is not None:
+        unsound = set(_blocks_from(self, request.request_id, start))
+        self.evict_blocks(unsound)
+        ledger.taint(unsound)
+    original(self, request)
+    if ledger.has_tainted:
+        blocks = self.block_pool.blocks
+        ledger.scrub_unused(lambda block: blocks[block].ref_cnt > 0)
 
 
 def _blocks_from(manager: Any, req_id: str, position: int) -> list[int]:

@@ -8,7 +8,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-Make = Callable[[Callable[..., Any]], Callable[..., Any]]
+Original = Callable[..., Any]
+Make = Callable[[Original], Original]
 Wrap = Callable[[Any, str, Make], None]
 
 
@@ -31,3 +32,12 @@ def wrap(owner: Any, name: str, make: Make) -> None:
 def probe(owner: Any, name: str, make: Make) -> None:
     """Changes nothing. Raises AttributeError where ``wrap`` would."""
     getattr(owner, name)
+
+
+def adding(add: Original) -> Make:
+    """The ``make`` of a wrapper that calls ``add`` with the original before its own arguments."""
+
+    def make(original: Original) -> Original:
+        return lambda *args, **kwargs: add(original, *args, **kwargs)
+
+    return make

@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cna_vllm.serving.front.store import RegistryStore, StoreError
 from tests import tiny_models
 from tests.integration.serving.deployment import Deployment, load, unload
 
@@ -38,6 +42,20 @@ def test_control_is_seen_by_all_servers(deployed: Deployment) -> None:
     for _ in range(12):
         with deployed.server.http() as http:
             assert http.post("/v1/completions", json=body).status_code == 404
+
+
+def test_every_api_server_claims_the_registry_itself(deployed: Deployment) -> None:
+    """They are spawned, so they inherit no descriptor, and may outlive who started them."""
+    registry = deployed.folder / "registry"
+    claimed = (registry / "server").stat().st_ino
+    holders = set()
+    for process in psutil.Process(deployed.server.process.pid).children(recursive=True):
+        for info in Path(f"/proc/{process.pid}/fdinfo").iterdir():
+            if re.search(rf"FLOCK .*:{claimed} ", info.read_text()):
+                holders.add(process.cmdline()[0])
+    assert {"VLLM::APIServer_0", "VLLM::APIServer_1"} <= holders
+    with pytest.raises(StoreError, match="another server uses it"):
+        RegistryStore(registry).claim()
 
 
 def test_each_steered_token_is_counted_once(deployed: Deployment) -> None:
