@@ -60,8 +60,9 @@ class Recorder:
     @property
     def nbytes(self) -> int:
         """Device memory of all that is held, in bytes."""
-        rows = () if self._rows is None else (self._rows,)
-        kept = *self._sums.values(), *self._tops.values(), *rows
+        kept: list[Sum | Top | Rows] = [*self._sums.values(), *self._tops.values()]
+        if self._rows is not None:
+            kept.append(self._rows)
         return self.row_record.nbytes + self._stage.nbytes + sum(sink.nbytes for sink in kept)
 
     def layer_stage(self, layer: int) -> torch.Tensor:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 
 import numpy as np
@@ -207,9 +207,12 @@ class SteeringState:
 
     def buffers(self, row_record: torch.Tensor | None = None) -> StepBuffers:
         """The tensors that the layers read."""
-        vectors = () if self._vectors is None else (self.slot_vectors, self.slot_coefficients)
-        circuits = self.slot_circuits, self.slot_multipliers
-        return StepBuffers(self.row_slot, *circuits, row_record, *vectors)
+        buffers = StepBuffers(self.row_slot, self.slot_circuits, self.slot_multipliers, row_record)
+        if self._vectors is None:
+            return buffers
+        return replace(
+            buffers, slot_vectors=self.slot_vectors, slot_coefficients=self.slot_coefficients
+        )
 
     def _acquire_vectors(self, steering: Steering) -> tuple[int, ...]:
         digests = [digest for digest, _ in steering.vectors]
