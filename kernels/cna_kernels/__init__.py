@@ -13,7 +13,6 @@ from cna_kernels.reference import (
     scale_reference,
 )
 from cna_kernels.steer_gate_up import CARRYING_DTYPES, steer_gate_up, steer_gate_up_reference
-from cna_kernels.tables import check_tables
 
 __all__ = [
     "CARRYING_DTYPES",
@@ -24,7 +23,6 @@ __all__ = [
     "add_vectors",
     "add_vectors_reference",
     "backend",
-    "check_tables",
     "mark_overflow",
     "mark_overflow_reference",
     "mask_width",

@@ -9,26 +9,18 @@ graph and routing may change between replays.
 
 from typing import Any, Final
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import Library
 
-from cna_kernels.act_and_mul_scaled import INTERPRETED
-from cna_kernels.resolved import LastRouting, Routing
+from cna_kernels.library import define_op
 
 BLOCK: Final = 1024
 NUM_WARPS: Final = 4 if torch.version.hip is None else 2
 
 MAX_ELEMENTS: Final = 1 << 21
 """Elements of the largest temporary on the CPU, whatever the number of rows."""
-
-# Rows to change, and of each entry: which of them, the rows of ``vectors``, the coefficients.
-Part = tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]
-
-_LAST: Final = LastRouting()
 
 
 def add_vectors_reference(
@@ -124,83 +116,28 @@ def add_vectors_cpu(
     vectors: Tensor,
 ) -> None:
     """See :func:`add_vectors`, which dispatches here; temporaries hold MAX_ELEMENTS at most."""
-    routing = _LAST.get(hidden.shape[0], row_slot, slot_vectors, slot_coefficients)
-    if not routing.rows.size:
-        return
-    step = max(1, MAX_ELEMENTS // max(1, hidden.shape[1]))
-    for rows, terms in _PARTS.get(routing, slot_vectors, slot_coefficients, step):
-        total = hidden.index_select(0, rows).float()
-        for which, index, coefficient in terms:
-            total.index_add_(0, which, vectors.index_select(0, index).mul_(coefficient))
-        hidden.index_copy_(0, rows, total.to(hidden.dtype))
+    slots, vectors_of = row_slot.numpy()[: len(hidden)], slot_vectors.numpy()
+    rows = ((slots >= 0) & (vectors_of >= 0).any(1).take(slots)).nonzero()[0]
+    step = max(1, MAX_ELEMENTS // hidden.shape[1])
+    for start in range(0, rows.size, step):
+        part = rows[start : start + step]
+        chosen, at = slots.take(part), torch.from_numpy(part)
+        total = hidden.index_select(0, at).float()
+        for entry, index in enumerate(vectors_of.take(chosen, 0).T):
+            which = (index >= 0).nonzero()[0]
+            coefficient = slot_coefficients.numpy()[chosen.take(which), entry, None]
+            added = vectors.index_select(0, torch.from_numpy(index.take(which)))
+            added.mul_(torch.from_numpy(coefficient))
+            total.index_add_(0, torch.from_numpy(which), added)
+        hidden.index_copy_(0, at, total.to(hidden.dtype))
 
 
-def _parts(
-    routing: Routing, slot_vectors: Tensor, slot_coefficients: Tensor, step: int
-) -> list[Part]:
-    entries = slot_vectors.numpy().take(routing.slots, 0)
-    with_vectors = np.flatnonzero((entries >= 0).any(axis=1))
-    parts = []
-    for start in range(0, with_vectors.size, step):
-        chosen = with_vectors[start : start + step]
-        terms = []
-        for entry in range(entries.shape[1]):
-            index = entries[chosen, entry]
-            which = np.flatnonzero(index >= 0)
-            coefficient = slot_coefficients.numpy()[routing.slots[chosen[which]], entry]
-            if which.size:
-                terms.append(
-                    (
-                        torch.from_numpy(which),
-                        torch.from_numpy(index[which].astype(np.int64)),
-                        torch.from_numpy(coefficient[:, None]),
-                    )
-                )
-        parts.append((torch.from_numpy(routing.rows[chosen]), terms))
-    return parts
-
-
-class _LastParts:
-    """What the last routing adds to which rows: the same for every layer of a step."""
-
-    def __init__(self) -> None:
-        self._of: tuple[Routing, int] | None = None
-        self._parts: list[Part] = []
-
-    def get(
-        self, routing: Routing, slot_vectors: Tensor, slot_coefficients: Tensor, step: int
-    ) -> list[Part]:
-        """``_parts``, kept while the routing is the very same."""
-        if self._of is None or self._of[0] is not routing or self._of[1] != step:
-            self._parts = _parts(routing, slot_vectors, slot_coefficients, step)
-            self._of = (routing, step)
-        return self._parts
-
-
-_PARTS: Final = _LastParts()
-
-
-def _fake(
-    hidden: Tensor,
-    row_slot: Tensor,
-    slot_vectors: Tensor,
-    slot_coefficients: Tensor,
-    vectors: Tensor,
-) -> None:
-    return None
-
-
-_LIBRARY: Final = Library("cna", "FRAGMENT")
-_LIBRARY.define(
+_OP: Final = define_op(
     "add_vectors(Tensor(a!) hidden, Tensor row_slot, Tensor slot_vectors, "
     "Tensor slot_coefficients, Tensor vectors) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+    add_vectors_triton,
+    add_vectors_cpu,
 )
-_LIBRARY.impl("add_vectors", add_vectors_triton, "CUDA")
-_LIBRARY.impl("add_vectors", add_vectors_triton if INTERPRETED else add_vectors_cpu, "CPU")
-torch.library.register_fake("cna::add_vectors", _fake, lib=_LIBRARY)
-
-_OP: Final = torch.ops.cna.add_vectors.default
 
 
 def add_vectors(
@@ -225,6 +162,6 @@ def add_vectors(
         slot_coefficients: [S, K] float32.
         vectors: [N, H] float32, contiguous.
 
-    Operands are trusted: row_slot[t] < A and slot_vectors[a, k] < N.
+    Operands are trusted: row_slot[t] < S and slot_vectors[a, k] < N.
     """
     _OP(hidden, row_slot, slot_vectors, slot_coefficients, vectors)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registration of ``torch.ops.cna.act_and_mul_scaled``."""
+"""Registration of ``torch.ops.cna``, and its first op, ``act_and_mul_scaled``."""
 
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -11,32 +12,33 @@ from cna_kernels.act_and_mul_scaled import INTERPRETED, act_and_mul_scaled_trito
 from cna_kernels.cpu import act_and_mul_scaled_cpu
 
 # Library rather than custom_op: the dispatcher then calls an implementation directly, 2.4 us
-# over a plain Python call. The tag keeps Inductor from giving x another stride order.
+# over a plain Python call. The tag keeps Inductor from giving operands another stride order.
 _LIBRARY: Final = Library("cna", "DEF")
-_LIBRARY.define(
+
+
+def define_op(
+    schema: str,
+    triton: Callable[..., Any],
+    cpu: Callable[..., Any],
+    fake: Callable[..., Any] = lambda *operands: None,
+) -> Any:
+    """Registers the op of a schema, and returns it. fake: its result's shape, if it has one."""
+    name = schema.partition("(")[0]
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+    _LIBRARY.define(schema, tags=tags)
+    _LIBRARY.impl(name, triton, "CUDA")
+    _LIBRARY.impl(name, triton if INTERPRETED else cpu, "CPU")
+    torch.library.register_fake(f"cna::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.cna, name).default
+
+
+_OP: Final = define_op(
     "act_and_mul_scaled(Tensor x, Tensor row_slot, Tensor slot_circuits, Tensor slot_multipliers, "
     "Tensor masks, str activation) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+    act_and_mul_scaled_triton,
+    act_and_mul_scaled_cpu,
+    lambda x, *operands: x.new_empty((x.shape[0], x.shape[1] // 2)),
 )
-
-
-def _fake(
-    x: Tensor,
-    row_slot: Tensor,
-    slot_circuits: Tensor,
-    slot_multipliers: Tensor,
-    masks: Tensor,
-    activation: str,
-) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[1] // 2))
-
-
-_CPU: Final = act_and_mul_scaled_triton if INTERPRETED else act_and_mul_scaled_cpu
-for _key, _implementation in (("CUDA", act_and_mul_scaled_triton), ("CPU", _CPU)):
-    _LIBRARY.impl("act_and_mul_scaled", _implementation, _key)
-torch.library.register_fake("cna::act_and_mul_scaled", _fake, lib=_LIBRARY)
-
-_OP: Final = torch.ops.cna.act_and_mul_scaled.default
 
 
 def backend(device: torch.device) -> str:
@@ -72,9 +74,8 @@ def act_and_mul_scaled(
     Returns:
         [T, I], dtype and device of x, contiguous.
 
-    Operands are trusted: :func:`cna_kernels.check_tables` raises for what would be read out of
-    bounds, where tables are built. An unknown activation raises ValueError on the CPU and fails
-    compilation of the Triton kernel.
+    Operands are trusted: row_slot[t] < S and slot_circuits[a, k] < C. An unknown activation raises
+    ValueError on the CPU and fails compilation of the Triton kernel.
     """
     out: Tensor = _OP(x, row_slot, slot_circuits, slot_multipliers, masks, activation)
     return out

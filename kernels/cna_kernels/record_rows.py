@@ -3,13 +3,11 @@
 
 from typing import Any, Final
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import Library
 
-from cna_kernels.act_and_mul_scaled import INTERPRETED
+from cna_kernels.library import define_op
 
 BLOCK: Final = 1024
 
@@ -48,20 +46,11 @@ def _record_rows_cpu(rows: Tensor, row_stage: Tensor, stage: Tensor) -> None:
         stage.index_copy_(0, stages[flagged].long(), rows[flagged])
 
 
-def _fake(rows: Tensor, row_stage: Tensor, stage: Tensor) -> None:
-    return None
-
-
-_LIBRARY: Final = Library("cna", "FRAGMENT")
-_LIBRARY.define(
+_OP: Final = define_op(
     "record_rows(Tensor rows, Tensor row_stage, Tensor(a!) stage) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+    _record_rows_triton,
+    _record_rows_cpu,
 )
-_LIBRARY.impl("record_rows", _record_rows_triton, "CUDA")
-_LIBRARY.impl("record_rows", _record_rows_triton if INTERPRETED else _record_rows_cpu, "CPU")
-torch.library.register_fake("cna::record_rows", _fake, lib=_LIBRARY)
-
-_OP: Final = torch.ops.cna.record_rows.default
 
 
 def record_rows(rows: Tensor, row_stage: Tensor, stage: Tensor) -> None:

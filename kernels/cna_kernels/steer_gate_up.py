@@ -22,10 +22,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import Library
 
-from cna_kernels.act_and_mul_scaled import INTERPRETED, steered_factor
+from cna_kernels.act_and_mul_scaled import steered_factor
 from cna_kernels.activations import eager_activation
+from cna_kernels.library import define_op
 from cna_kernels.triton_activations import activate
 
 CARRYING_DTYPES: Final = (torch.float32, torch.bfloat16)
@@ -155,30 +155,12 @@ def steer_gate_up_reference(
         x[rows] = torch.cat(pair, 1)
 
 
-def _fake(
-    x: Tensor,
-    row_slot: Tensor,
-    slot_circuits: Tensor,
-    slot_multipliers: Tensor,
-    masks: Tensor,
-    activation: str,
-) -> None:
-    return None
-
-
-_LIBRARY: Final = Library("cna", "FRAGMENT")
-_LIBRARY.define(
+_OP: Final = define_op(
     "steer_gate_up(Tensor(a!) x, Tensor row_slot, Tensor slot_circuits, Tensor slot_multipliers, "
     "Tensor masks, str activation) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+    _steer_gate_up_triton,
+    steer_gate_up_reference,
 )
-_LIBRARY.impl("steer_gate_up", _steer_gate_up_triton, "CUDA")
-_LIBRARY.impl(
-    "steer_gate_up", _steer_gate_up_triton if INTERPRETED else steer_gate_up_reference, "CPU"
-)
-torch.library.register_fake("cna::steer_gate_up", _fake, lib=_LIBRARY)
-
-_OP: Final = torch.ops.cna.steer_gate_up.default
 
 
 def steer_gate_up(

@@ -20,7 +20,7 @@ from cna_vllm.serving.front.admission import Admission
 from cna_vllm.serving.front.registry import Registry, ServedModel
 from cna_vllm.serving.worker.gated_mlp import GatedMlp, UnsupportedModelError
 from cna_vllm.serving.worker.runtime import SteeringRuntime
-from cna_vllm.serving.worker.vector_table import VectorTable
+from cna_vllm.serving.worker.table import VectorTable
 from cna_vllm.steering.circuit import Circuit, Neuron
 from cna_vllm.steering.request import Steering, SteeringError
 from cna_vllm.steering.vectors import VectorError, VectorSet

@@ -19,7 +19,7 @@ from cna_vllm.serving.worker.activation import StepBuffers
 from cna_vllm.serving.worker.gated_mlp import GatedMlp, UnsupportedModelError
 from cna_vllm.serving.worker.recording import Recorder
 from cna_vllm.serving.worker.state import SteeringState
-from cna_vllm.serving.worker.vector_table import VectorTable
+from cna_vllm.serving.worker.table import VectorTable
 
 PROBE_COEFFICIENT = -2.0
 

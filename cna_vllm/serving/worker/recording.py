@@ -8,7 +8,6 @@ goes to the sink of its group (``sinks``), on the device. Memory does not grow w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,6 @@ import torch
 
 from cna_vllm.serving.worker.sinks import Rows, Sum, Top
 from cna_vllm.serving.worker.staging import Staging
-
-
-@dataclass(frozen=True)
-class _Pending:
-    group: str
-    position: int
 
 
 class Recorder:
@@ -53,7 +46,8 @@ class Recorder:
         self._stage = torch.zeros(
             len(self._layers), max_num_reqs, width, dtype=dtype, device=device
         )
-        self._pending: dict[str, _Pending] = {}
+        # Group, and position of the last prompt token, of requests not yet recorded.
+        self._pending: dict[str, tuple[str, int]] = {}
         self._recorded: set[str] = set()
         # Request and group of each staging slot in use.
         self._staged: list[tuple[str, str]] = []
@@ -66,10 +60,10 @@ class Recorder:
     @property
     def nbytes(self) -> int:
         """Device memory of all that is held, in bytes."""
-        held = sum(kept.nbytes for kept in self._sums.values())
-        held += sum(kept.nbytes for kept in self._tops.values())
-        held += 0 if self._rows is None else self._rows.nbytes
-        return self.row_record.nbytes + self._stage.nbytes + held
+        kept: list[Sum | Top | Rows] = [*self._sums.values(), *self._tops.values()]
+        if self._rows is not None:
+            kept.append(self._rows)
+        return self.row_record.nbytes + self._stage.nbytes + sum(sink.nbytes for sink in kept)
 
     def layer_stage(self, layer: int) -> torch.Tensor:
         """[slots, width]: where one layer copies flagged rows, a fixed view."""
@@ -101,9 +95,9 @@ class Recorder:
 
     def add(self, req_id: str, group: str | None, prompt_len: int) -> None:
         """Asks for one recording of a request's last prompt token."""
-        self._pending.pop(req_id, None)
+        self.remove(req_id)
         if group is not None and req_id not in self._recorded:
-            self._pending[req_id] = _Pending(group, prompt_len - 1)
+            self._pending[req_id] = (group, prompt_len - 1)
 
     def remove(self, req_id: str) -> None:
         """Forgets a request that has not been recorded."""
@@ -124,10 +118,10 @@ class Recorder:
         start = 0
         for i, req_id in enumerate(req_ids):
             scheduled, computed = int(num_scheduled_tokens[i]), int(num_computed_tokens[i])
-            want = self._pending.get(req_id)
-            if want is not None and computed <= want.position < computed + scheduled:
-                rows[start + want.position - computed] = len(self._staged)
-                self._staged.append((req_id, want.group))
+            group, position = self._pending.get(req_id, ("", -1))
+            if computed <= position < computed + scheduled:
+                rows[start + position - computed] = len(self._staged)
+                self._staged.append((req_id, group))
                 del self._pending[req_id]
                 self._recorded.add(req_id)
             start += scheduled

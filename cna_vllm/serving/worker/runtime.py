@@ -21,8 +21,7 @@ from cna_vllm.serving.worker.gated_mlp import (
 from cna_vllm.serving.worker.outputs import hook_outputs, prove_outputs, refuse_unfit
 from cna_vllm.serving.worker.recording import Recorder
 from cna_vllm.serving.worker.state import SteeringState
-from cna_vllm.serving.worker.table import CircuitTable, ResidentTable
-from cna_vllm.serving.worker.vector_table import VectorTable
+from cna_vllm.serving.worker.table import CircuitTable, ResidentTable, VectorTable
 from cna_vllm.steering.packed import KindName, Packed
 from cna_vllm.steering.request import FIELD_RECORD, RESOLVED_FIELD, Steering
 from cna_vllm.steering.vectors import FORMS

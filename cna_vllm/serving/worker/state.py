@@ -14,8 +14,7 @@ from cna_vllm.serving.config import CircuitTableError
 from cna_vllm.serving.step_report import SteeredRows, TokenCounts
 from cna_vllm.serving.worker.activation import StepBuffers
 from cna_vllm.serving.worker.staging import Block, Staging
-from cna_vllm.serving.worker.table import CircuitTable
-from cna_vllm.serving.worker.vector_table import VectorTable
+from cna_vllm.serving.worker.table import CircuitTable, VectorTable
 from cna_vllm.steering.request import Steering
 
 _NEVER = 1 << 62
@@ -94,8 +93,13 @@ class SteeringState:
         slots = [(max_num_reqs, entries)] * 2 + [(max_num_reqs, vector_entries)] * 2
         self._staging = Staging([*slots, (max_num_tokens,)], device)
         *tables, rows = self._staging.blocks
+        # Entries of a slot, as ``StepBuffers`` has them.
         self._circuit_entries = _Entries(tables[0], tables[1], 1.0)
+        self.slot_circuits = self._circuit_entries.rows
+        self.slot_multipliers = self._circuit_entries.numbers
         self._vector_entries = _Entries(tables[2], tables[3], 0.0)
+        self.slot_vectors = self._vector_entries.rows
+        self.slot_coefficients = self._vector_entries.numbers
         self.row_slot = rows.device
         self._rows, self._rows_start = rows.host, rows.start
         self._rows[:] = -1
@@ -113,26 +117,6 @@ class SteeringState:
         self._steered_tokens = TokenCounts()
         self.step: SteeredRows | None = None
         """What the last ``fill`` steers; None for a step without a steered row."""
-
-    @property
-    def slot_circuits(self) -> torch.Tensor:
-        """int32 [max_num_reqs, entries], see ``StepBuffers``."""
-        return self._circuit_entries.rows
-
-    @property
-    def slot_multipliers(self) -> torch.Tensor:
-        """float32 [max_num_reqs, entries]."""
-        return self._circuit_entries.numbers
-
-    @property
-    def slot_vectors(self) -> torch.Tensor:
-        """int32 [max_num_reqs, vector entries]."""
-        return self._vector_entries.rows
-
-    @property
-    def slot_coefficients(self) -> torch.Tensor:
-        """float32 [max_num_reqs, vector entries]."""
-        return self._vector_entries.numbers
 
     def add(self, req_id: str, steering: Steering | None, prompt_len: int) -> None:
         """Registers a request at its first step, or again after a resume or an update.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is resident on one rank, by content digest; for circuits a bit mask per layer."""
+"""What is resident on one rank, by content digest: circuits as bit masks, and sets of vectors."""
 
 from __future__ import annotations
 
@@ -23,16 +23,40 @@ class ResidentTable(ABC):
 
     noun: str
 
-    def __init__(self, max_rows: int) -> None:
+    def __init__(
+        self,
+        layers: Sequence[int],
+        max_rows: int,
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """layers: global indices of this rank's layers. length: of a row in one of them."""
+        self.layers = tuple(layers)
+        # One tensor for all layers, at a fixed address: making content resident is one copy.
+        self._rows = torch.zeros(len(self.layers), max_rows, length, dtype=dtype, device=device)
         self._digests: list[str | None] = [None] * max_rows
         self._row_of: dict[str, int] = {}
         self._users = [0] * max_rows
         # Rows whose content was unloaded, oldest first: the first to be overwritten.
         self._retired: dict[int, None] = {}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the rows live."""
+        return self._rows.device
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the rows on this rank, in bytes."""
+        return self._rows.nbytes
+
     @abstractmethod
-    def _write(self, row: int, content: Packed) -> None:
-        """Puts this rank's share of ``content`` into a row of the device's table."""
+    def _share(self, content: Packed) -> np.ndarray:
+        """[layers, length]: what this rank keeps of ``content``."""
+
+    def _layer(self, layer: int) -> torch.Tensor:
+        return self._rows[self.layers.index(layer)]
 
     def loaded(self) -> tuple[str, ...]:
         """Digests that requests may use, in row order."""
@@ -59,7 +83,7 @@ class ResidentTable(ABC):
         if previous is not None:
             del self._row_of[previous]
             del self._retired[row]
-        self._write(row, content)
+        self._rows[:, row].copy_(torch.from_numpy(self._share(content)))
         self._digests[row] = content.digest
         self._row_of[content.digest] = row
         return row
@@ -129,35 +153,45 @@ class CircuitTable(ResidentTable):
         max_circuits: int,
         device: torch.device,
     ) -> None:
-        """layers: global indices of this rank's layers; each holds neurons
-        [offset, offset + width) of its layer."""
-        super().__init__(max_circuits)
-        self.layers = tuple(layers)
+        """Each layer of this rank holds neurons [offset, offset + width) of its layer."""
+        super().__init__(layers, max_circuits, mask_width(width), torch.uint8, device)
         self._offset, self._width = offset, width
-        # One tensor for all layers, so that making a circuit resident is one copy.
-        self._masks = torch.zeros(
-            len(self.layers), max_circuits, mask_width(width), dtype=torch.uint8, device=device
-        )
-
-    @property
-    def device(self) -> torch.device:
-        """Where the masks live."""
-        return self._masks.device
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the masks on this rank, in bytes."""
-        return self._masks.numel()
 
     def layer_masks(self, layer: int) -> torch.Tensor:
         """The masks of one global layer: uint8 [max_circuits, ceil(width / 8)], a fixed view."""
-        return self._masks[self.layers.index(layer)]
+        return self._layer(layer)
 
-    def _write(self, row: int, content: Packed) -> None:
-        """This rank's share: channel j of a layer in bit j % 8 of byte j // 8."""
+    def _share(self, content: Packed) -> np.ndarray:
+        """Channel j of a layer in bit j % 8 of byte j // 8."""
         bits = np.zeros((len(self.layers), self._width), dtype=bool)
         at = positions(self.layers, content)
         channel = np.frombuffer(content.values, dtype=np.int32) - self._offset
         here = (at >= 0) & (channel >= 0) & (channel < self._width)
         bits.reshape(-1)[(at * self._width + channel)[here]] = True
-        self._masks[:, row].copy_(torch.from_numpy(np.packbits(bits, axis=1, bitorder="little")))
+        return np.packbits(bits, axis=1, bitorder="little")
+
+
+class VectorTable(ResidentTable):
+    """Resident sets of vectors, at 4 * hidden_size bytes a layer; 0 where a set has no vector.
+
+    Every tensor-parallel rank holds whole vectors, since it has whole outputs.
+    """
+
+    noun = "vector"
+
+    def __init__(
+        self, layers: Sequence[int], hidden_size: int, max_vectors: int, device: torch.device
+    ) -> None:
+        super().__init__(layers, max_vectors, hidden_size, torch.float32, device)
+        self.hidden_size = hidden_size
+
+    def layer_vectors(self, layer: int) -> torch.Tensor:
+        """The vectors of one global layer: float32 [max_vectors, hidden_size], a fixed view."""
+        return self._layer(layer)
+
+    def _share(self, content: Packed) -> np.ndarray:
+        at = positions(self.layers, content)
+        values = np.frombuffer(content.values, dtype=np.float32).reshape(len(at), self.hidden_size)
+        share = np.zeros((len(self.layers), self.hidden_size), dtype=np.float32)
+        share[at[at >= 0]] = values[at >= 0]
+        return share
