@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cna_vllm.evaluation.metrics.base import Answer
+from cna_vllm.evaluation.metrics import Answer
 from cna_vllm.text.prompts import Prompt, prompts_digest, prompts_of
 
 Answers = dict[str, list[list[Answer]]]  # arm -> prompt, all sets in their order -> sample

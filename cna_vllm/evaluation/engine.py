@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cna_vllm.evaluation.metrics.base import EngineContext
+from cna_vllm.evaluation.metrics import EngineContext
 from cna_vllm.serving.seams.offline import engine_of
 
 if TYPE_CHECKING:

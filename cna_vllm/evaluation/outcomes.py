@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cna_vllm.evaluation.metrics.base import Kind, Score
+from cna_vllm.evaluation.metrics import Kind, Score
 from cna_vllm.evaluation.sample_size import pairs_for_means, pairs_for_rates
 from cna_vllm.evaluation.statistics import (
     RESAMPLES,

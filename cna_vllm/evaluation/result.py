@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cna_vllm.evaluation.answers import SetInfo
-from cna_vllm.evaluation.metrics.base import Better, EngineMetric, Kind, Metric
+from cna_vllm.evaluation.metrics import Better, EngineMetric, Kind, Metric
 from cna_vllm.evaluation.outcomes import Analysis, Outcome, Scores
 from cna_vllm.files import write_atomic
 

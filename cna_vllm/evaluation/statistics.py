@@ -20,7 +20,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from cna_vllm.evaluation.metrics.base import Kind, Score
+from cna_vllm.evaluation.metrics import Kind, Score
 
 RESAMPLES = 9999
 _BATCH_VALUES = 4_000_000  # float64 values resampled at once: 32 MB

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from cna_vllm.evaluation.metrics.base import Kind
+from cna_vllm.evaluation.metrics import Kind
 from cna_vllm.evaluation.outcomes import Difference, Outcome
 from cna_vllm.evaluation.result import Result
 from cna_vllm.evaluation.statistics import Interval

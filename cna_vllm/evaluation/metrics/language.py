@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cna_vllm.evaluation.metrics.base import Answer, Better, Kind, MetricError, Score
+from cna_vllm.evaluation.metrics import Answer, Better, Kind, MetricError, Score
 
 # Letters of scripts in which one stands for a syllable or a word.
 _DENSE = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL")

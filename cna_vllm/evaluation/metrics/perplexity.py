@@ -6,9 +6,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from cna_vllm.evaluation.metrics.base import (
+from cna_vllm.evaluation.metrics import (
     Answer,
     Better,
     EngineContext,
@@ -17,8 +17,6 @@ from cna_vllm.evaluation.metrics.base import (
     Score,
 )
 from cna_vllm.evaluation.metrics.text import token_ids
-
-SCALES = ("perplexity", "nll")
 
 
 @dataclass(frozen=True)
@@ -30,15 +28,9 @@ class Perplexity:
     `scale=nll` the mean itself, which outliers sway less.
     """
 
-    scale: str = "perplexity"
+    scale: Literal["perplexity", "nll"] = "perplexity"
     kind: ClassVar[Kind] = "continuous"
     better: ClassVar[Better] = "lower"
-
-    def __post_init__(self) -> None:
-        if self.scale not in SCALES:
-            raise MetricError(
-                f"metric perplexity: scale={self.scale!r}; use one of {', '.join(SCALES)}"
-            )
 
     @property
     def name(self) -> str:

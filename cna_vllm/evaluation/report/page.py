@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cna_vllm.evaluation.answers import Answers, last_user_turn
-from cna_vllm.evaluation.metrics.base import Answer, Score
+from cna_vllm.evaluation.metrics import Answer, Score
 from cna_vllm.evaluation.outcomes import Difference, Estimate, Flips, Outcome
 from cna_vllm.evaluation.report.charts import Doses, Forest, ForestRow, doses
 from cna_vllm.evaluation.result import MetricInfo, Result
