@@ -15,7 +15,10 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 Kind = Literal["binary", "continuous"]
 Better = Literal["higher", "lower", "neither"]
@@ -74,6 +77,33 @@ class EngineContext:
     """
 
     prompt_logprobs: Callable[[list[list[int]]], list[list[float]]]
+
+    @classmethod
+    def plain(cls, llm: LLM) -> EngineContext:
+        """That of an engine: always the plain model, whatever circuits it holds."""
+
+        def prompt_logprobs(sequences: list[list[int]]) -> list[list[float]]:
+            from vllm import SamplingParams, TokensPrompt
+
+            from cna_vllm.serving.seams.offline import engine_of
+
+            longest = engine_of(llm).max_model_len - 1
+            prompts = [TokensPrompt(prompt_token_ids=i) for i in sequences if len(i) <= longest]
+            params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+            outputs = iter(llm.generate(prompts, params) if prompts else ())
+            return [
+                _given(next(outputs).prompt_logprobs, ids)
+                if len(ids) <= longest
+                else [float("nan")] * (len(ids) - 1)
+                for ids in sequences
+            ]
+
+        return cls(prompt_logprobs)
+
+
+def _given(logprobs: Any, ids: list[int]) -> list[float]:
+    """The log-probabilities of the prompt's own tokens; the first token has none."""
+    return [step[token].logprob for step, token in zip(logprobs[1:], ids[1:], strict=True)]
 
 
 class Described(Protocol):
