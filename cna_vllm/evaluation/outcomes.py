@@ -117,9 +117,7 @@ class Outcome:
     differences: tuple[Difference, ...]
 
 
-def outcomes(
-    scored: Sequence[Scored], control: str, analysis: Analysis | None = None
-) -> list[Outcome]:
+def outcomes(scored: Sequence[Scored], control: str, analysis: Analysis) -> list[Outcome]:
     """Holm's correction is over all comparisons of all outcomes together, as one family.
 
     A set to which the metric applies in no arm (no prompt has a score) gives no outcome.
@@ -127,7 +125,6 @@ def outcomes(
     Raises:
         ValueError: arms are not paired, or an option is out of range.
     """
-    analysis = analysis or Analysis()
     found = [
         _outcome(one, control, analysis)
         for one in scored
@@ -185,15 +182,9 @@ def _difference(
         for x, y in zip(means[control], means[arm], strict=True)
         if x is not None and y is not None
     ]
-    needs = _Needs(
-        1 - analysis.confidence,
-        analysis.power,
-        float(np.std(apart, ddof=1)) if len(apart) > 1 else 0.0,
-    )
-    wanted = analysis.effects.get(scored.metric)
-    return Difference(
-        arm, comparison, flips, needs.seen(comparison), needs.wanted(comparison, wanted)
-    )
+    spread = float(np.std(apart, ddof=1)) if len(apart) > 1 else 0.0
+    needed = _needed(comparison, spread, analysis.effects.get(scored.metric, 0.0), analysis)
+    return Difference(arm, comparison, flips, *needed)
 
 
 def _flips(control: Sequence[Sequence[Score]], arm: Sequence[Sequence[Score]]) -> Flips:
@@ -210,46 +201,31 @@ def _flips(control: Sequence[Sequence[Score]], arm: Sequence[Sequence[Score]]) -
     )
 
 
-@dataclass(frozen=True)
-class _Needs:
-    """Prompts needed; None where there is no effect, no spread, or over a million are needed.
+def _needed(
+    found: Comparison, spread: float, wanted: float, analysis: Analysis
+) -> tuple[int | None, int | None]:
+    """Prompts needed for the difference seen, and for the wanted one; None for a difference of 0.
 
-    power: None asks for none.
-    spread: standard deviation of the prompts' differences, for metrics that are not binary; 0
-        with fewer than two.
+    Of rates the wanted one is from the control's rate, in the direction that needs more prompts,
+    and with arms whose answers are independent: the careful choice, as answers of two arms to one
+    prompt mostly agree, and then fewer do.
+
+    spread: standard deviation of the prompts' differences, for metrics that are not binary.
     """
-
-    alpha: float
-    power: float | None
-    spread: float
-
-    def seen(self, found: Comparison) -> int | None:
-        if not found.difference:
-            return None
-        if found.only_a is None or found.only_b is None:
-            return self._means(found.difference)
-        return self._rates(found.only_a / found.n, found.only_b / found.n)
-
-    def wanted(self, found: Comparison, effect: float | None) -> int | None:
-        """Of rates: from the control's one, in the direction that needs more prompts, and with
-        arms whose answers are independent (the careful choice); else with the spread seen."""
-        if effect is None:
-            return None
-        if found.only_a is None:
-            return self._means(effect)
-        rate = found.estimate_a
-        if rate is None:
-            return None
-        ends = [end for end in (rate - abs(effect), rate + abs(effect)) if 0 <= end <= 1]
-        needed = [self._rates(rate - rate * end, end - rate * end) for end in ends]
-        return None if None in needed else max((n for n in needed if n), default=None)
-
-    def _rates(self, only_a: float, only_b: float) -> int | None:
-        if self.power is None:
-            return None
-        return pairs_for_rates(only_a, only_b, alpha=self.alpha, power=self.power)
-
-    def _means(self, difference: float) -> int | None:
-        if self.power is None or not self.spread:
-            return None
-        return pairs_for_means(difference / self.spread, alpha=self.alpha, power=self.power)
+    if analysis.power is None or found.estimate_a is None or found.difference is None:
+        return None, None
+    options = {"alpha": 1 - analysis.confidence, "power": analysis.power}
+    if found.only_a is None or found.only_b is None:
+        if not spread:
+            return None, None
+        seen, for_wanted = (
+            pairs_for_means(size / spread, **options) for size in (found.difference, wanted)
+        )
+        return seen, for_wanted
+    rate = found.estimate_a
+    ends = [end for end in (rate - abs(wanted), rate + abs(wanted)) if 0 <= end <= 1]
+    both = [pairs_for_rates(rate - rate * end, end - rate * end, **options) for end in ends]
+    return (
+        pairs_for_rates(found.only_a / found.n, found.only_b / found.n, **options),
+        None if None in both else max((n for n in both if n), default=None),
+    )

@@ -106,9 +106,9 @@ class Result:
     def metric(self, name: str) -> MetricInfo:
         return next(metric for metric in self.metrics if metric.name == name)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The object of `ab.json`."""
-        return {
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes `ab.json`, atomically."""
+        whole = {
             "format": FORMAT,
             "version": VERSION,
             "test": asdict(self.test),
@@ -117,10 +117,7 @@ class Result:
             "outcomes": [asdict(outcome) for outcome in self.outcomes],
             "scores": self.scores,
         }
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes `ab.json`, atomically."""
-        write_json(path, self.to_dict())
+        write_json(path, whole)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -9,7 +9,6 @@ there is too little data. Nothing returns NaN or warns.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -218,5 +217,5 @@ def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def _check_confidence(confidence: float) -> None:
-    if not (math.isfinite(confidence) and 0 < confidence < 1):
+    if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must lie between 0 and 1, for instance 0.95")

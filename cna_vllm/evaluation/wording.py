@@ -50,6 +50,10 @@ class Form:
         write = self.signed if difference else self._plain
         return f"[{', '.join(map(write, ends))}]"
 
+    def tick(self, value: float) -> str:
+        """As short as it can be, without a percent sign."""
+        return f"{100 * value if self.percent else value:g}"
+
     def _plain(self, value: float) -> str:
         return f"{100 * value if self.percent else value:,.{self.places}f}"
 
@@ -62,11 +66,6 @@ def p_value(value: float | None) -> str:
 
 def count(value: int | None) -> str:
     return NONE if value is None else f"{value:,}"
-
-
-def tick(value: float, *, percent: bool = False) -> str:
-    """A tick's label, as short as it can be."""
-    return f"{100 * value if percent else value:g}"
 
 
 def found(difference: Difference, result: Result) -> bool:

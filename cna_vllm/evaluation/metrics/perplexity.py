@@ -42,18 +42,13 @@ class Perplexity:
         return f"exp({mean})." if self.scale == "perplexity" else f"{mean.capitalize()}, in nats."
 
     def score_with(self, engine: EngineContext, answers: Sequence[Answer]) -> list[Score]:
-        asked: list[int] = []
-        sequences: list[list[int]] = []
-        for index, answer in enumerate(answers):
-            generated = token_ids(self.name, index, answer)
-            if not generated:
-                continue
-            if not answer.prompt_token_ids:
+        asked = [i for i, answer in enumerate(answers) if token_ids(self.name, i, answer)]
+        for index in asked:
+            if not answers[index].prompt_token_ids:
                 raise MetricError(
                     f"metric {self.name}: answer {index} has no prompt_token_ids; give them"
                 )
-            asked.append(index)
-            sequences.append([*answer.prompt_token_ids, *generated])
+        sequences = [[*answers[i].prompt_token_ids, *answers[i].token_ids] for i in asked]
         scores: list[Score] = [None] * len(answers)
         replies = engine.prompt_logprobs(sequences) if sequences else []
         for index, sequence, logprobs in zip(asked, sequences, replies, strict=True):

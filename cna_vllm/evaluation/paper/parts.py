@@ -130,7 +130,7 @@ def structure(study: Study) -> list[Row]:
     known = _known(study)
     name = "" if known is None else known.model
     count = len(circuit)
-    rows = [*_late(circuit, "{}, of " + str(count), published.LATE_SHARES.get(name))]
+    rows = [*_late(circuit, f"{{}}, of {count}", published.LATE_SHARES.get(name))]
     base = study.base_circuit()
     if base is not None:
         comparison = compare(circuit, base)
@@ -156,12 +156,7 @@ def _late(circuit: Circuit, what: str, theirs: tuple[str, float] | None) -> Iter
 
 
 RUN: Mapping[str, Callable[[Study], Sequence[Row]]] = {
-    "jbb": jbb,
-    "sweep": sweep,
-    "caa": caa,
-    "mmlu": mmlu,
-    "strongreject": strongreject,
-    "structure": structure,
+    part.__name__: part for part in (jbb, sweep, caa, mmlu, strongreject, structure)
 }
 
 

@@ -145,11 +145,8 @@ class Study:
         """Greedy, as the reference; of the model's generation config, its repetition penalty,
         which changes greedy answers too and which the reference applies as well."""
         penalty = self.llm.get_default_sampling_params().repetition_penalty
-        return {
-            "temperature": 0.0,
-            "max_tokens": self.settings.max_tokens,
-            "repetition_penalty": penalty,
-        }
+        longest = self.settings.max_tokens
+        return {"temperature": 0.0, "max_tokens": longest, "repetition_penalty": penalty}
 
     def answers(
         self,
