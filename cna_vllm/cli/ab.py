@@ -48,7 +48,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         run_ab,
     )
     from cna_vllm.evaluation.config import read_config, read_sets
-    from cna_vllm.evaluation.folder import ANSWERS, answered, batch_identity, discard
+    from cna_vllm.evaluation.result import ANSWERS, answered, batch_identity, discard
 
     given = read_config(options.config) if options.config else {}
     given |= flags(options)
@@ -127,7 +127,7 @@ def _again(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise UsageError(f"--from: takes no {show(rest[0])}; it runs no engine")
 
     from cna_vllm.evaluation.ab import rescore
-    from cna_vllm.evaluation.folder import RESULT
+    from cna_vllm.evaluation.result import RESULT
 
     folder, given = Path(options.saved), flags(options)
 
@@ -147,9 +147,9 @@ def _again(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _show(result: Result, answers: Answers, folder: Path, options: argparse.Namespace) -> None:
-    from cna_vllm.evaluation.folder import REPORT, RESULT
     from cna_vllm.evaluation.report import write_report
-    from cna_vllm.evaluation.table import table
+    from cna_vllm.evaluation.result import REPORT, RESULT
+    from cna_vllm.evaluation.wording import table
 
     write_report(result, answers, folder / REPORT, most_prompts=options.transcripts)
     print(table(result))

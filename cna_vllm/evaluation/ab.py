@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -19,7 +20,6 @@ from cna_vllm import __version__
 from cna_vllm.batch.plan import Request, digests, plan
 from cna_vllm.evaluation import result as files
 from cna_vllm.evaluation.answers import Answers, PromptSet, SetInfo, collect, read_rows
-from cna_vllm.evaluation.folder import ANSWERS, RESULT, answered, batch_identity
 from cna_vllm.evaluation.metrics import (
     EngineContext,
     EngineMetric,
@@ -29,7 +29,15 @@ from cna_vllm.evaluation.metrics import (
     score_answers,
 )
 from cna_vllm.evaluation.outcomes import Analysis, Scored, Scores, outcomes
-from cna_vllm.evaluation.result import MetricInfo, Result, Test
+from cna_vllm.evaluation.result import (
+    ANSWERS,
+    RESULT,
+    MetricInfo,
+    Result,
+    Test,
+    answered,
+    batch_identity,
+)
 from cna_vllm.serving.seams.offline import engine_of
 from cna_vllm.steering.arms import Arm, check_names
 from cna_vllm.steering.request import SteeringError
@@ -127,7 +135,6 @@ def run_ab(
         ResultError, BatchError: `out` holds answers of another test.
     """
     from cna_vllm.batch.runner import run_batch
-    from cna_vllm.evaluation.engine import plain_engine
     from cna_vllm.text.rendering import chat_template_used, render
 
     control = choose_control(arms, control)
@@ -172,7 +179,7 @@ def run_ab(
         prompt_token_ids=[render(tokenizer, prompt, raw=raw) for prompt in prompts],
     )
     say(f"scoring: {', '.join(metric.name for metric in metrics.values())}")
-    found = evaluate(test, answers, metrics, analysis=analysis, engine=plain_engine(llm))
+    found = evaluate(test, answers, metrics, analysis=analysis, engine=EngineContext.plain(llm))
     found.save(out / RESULT)
     return found
 
@@ -209,9 +216,7 @@ def rescore(
     """
     test, infos, scores, saved = files.load(folder / RESULT)
     if control is not None:
-        if control not in test.arm_names:
-            known = ", ".join(test.arm_names)
-            raise SteeringError("control", f"{control!r} is not an arm; use one of {known}")
+        _check_control(control, test.arm_names)
         test = replace(test, control=control)
     answers = collect(read_rows(folder / ANSWERS), test.arm_names, test.prompt_sets, test.samples)
     metrics = load_metrics(specs)
@@ -240,11 +245,16 @@ def choose_control(arms: Sequence[Arm], control: str | None) -> str:
     plain = [arm.name for arm in arms if not arm.extra_args()]
     if control is None and not plain:
         raise SteeringError("control", "no arm is plain; name the control arm")
-    if control is not None and control not in names:
-        raise SteeringError("control", f"{control!r} is not an arm; use one of {', '.join(names)}")
+    if control is not None:
+        _check_control(control, names)
     if len(arms) < 2:
         raise SteeringError("arm", "there is only the control; name an arm to compare with it")
     return plain[0] if control is None else control
+
+
+def _check_control(control: str, names: Sequence[str]) -> None:
+    if control not in names:
+        raise SteeringError("control", f"{control!r} is not an arm; use one of {', '.join(names)}")
 
 
 def check_effects(analysis: Analysis, known: Sequence[str]) -> None:
@@ -260,10 +270,8 @@ def versions() -> dict[str, str]:
     """Versions of what decides the answers, as installed."""
     found = {"cna-vllm": __version__}
     for name in _VERSIONED:
-        try:
+        with suppress(metadata.PackageNotFoundError):  # vLLM goes by another name on a CPU
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue  # vLLM goes by another name on a CPU
     return found
 
 

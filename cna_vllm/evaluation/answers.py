@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cna_vllm.evaluation.metrics.base import Answer
+from cna_vllm.evaluation.metrics import Answer
 from cna_vllm.text.prompts import Prompt, prompts_digest, prompts_of
 
 Answers = dict[str, list[list[Answer]]]  # arm -> prompt, all sets in their order -> sample
@@ -118,22 +119,19 @@ def collect(
             finish_reason=row.get("finish_reason"),
             tags=frozenset({tag} if tag else ()),
         )
-    found: Answers = {}
-    for arm in arms:
-        found[arm] = []
-        for index in range(len(infos)):
-            keys = [(arm, index, sample) for sample in range(samples)]
-            for key in keys:
-                if key not in grid:
-                    raise AnswerError(f"answers: {_place(key)} is missing; run the test to its end")
-            found[arm].append([grid[key] for key in keys])
+    for key in itertools.product(arms, range(len(infos)), range(samples)):
+        if key not in grid:
+            raise AnswerError(f"answers: {_place(key)} is missing; run the test to its end")
     start = 0
     for info in sets:
         part = [prompts[index] for index in range(start, start + info.prompts)]
         if prompts_digest(part) != info.digest:
             raise AnswerError(f"answers: the prompts of the set {info.name!r} are not the test's")
         start += info.prompts
-    return found
+    return {
+        arm: [[grid[arm, i, sample] for sample in range(samples)] for i in range(len(infos))]
+        for arm in arms
+    }
 
 
 def last_user_turn(prompt: Prompt) -> str:

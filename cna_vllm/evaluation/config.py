@@ -114,55 +114,42 @@ def _beside(found: dict[str, Any], folder: Path) -> dict[str, Any]:
     return found
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"must be a text, not {show(value)}")
-    return value
+def _must(be: str, fits: Callable[[Any], bool]) -> Callable[[Any], Any]:
+    """A check that gives the value itself, or says what it must be."""
+
+    def check(value: Any) -> Any:
+        if not fits(value):
+            raise ConfigError(f"must {be}, not {show(value)}")
+        return value
+
+    return check
+
+
+def _is_number(value: Any) -> bool:
+    return (is_int(value) or isinstance(value, float)) and math.isfinite(value)
+
+
+_text = _must("be a text", lambda value: isinstance(value, str) and value != "")
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"must be a finite number, not {show(value)}")
-    return float(value)
+    return float(_must("be a finite number", _is_number)(value))
 
 
-def _whole(least: int) -> Callable[[Any], int]:
-    def check(value: Any) -> int:
-        if not is_int(value) or value < least:
-            raise ConfigError(f"must be a whole number of at least {least}, not {show(value)}")
-        return int(value)
-
-    return check
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(f"must be true or false, not {show(value)}")
-    return value
-
-
-def _scope(value: Any) -> str:
-    if value not in SCOPES:
-        raise ConfigError(f"must be one of {', '.join(SCOPES)}, not {show(value)}")
-    return str(value)
+def _whole(least: int) -> Callable[[Any], Any]:
+    return _must(
+        f"be a whole number of at least {least}", lambda value: is_int(value) and value >= least
+    )
 
 
 def _list(item: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
-    def check(value: Any) -> list[Any]:
-        if not isinstance(value, list) or not value:
-            raise ConfigError(f"must be a list with something in it, not {show(value)}")
-        return [_at(i, item, one) for i, one in enumerate(value)]
-
-    return check
+    is_list = _must("be a list with something in it", lambda v: isinstance(v, list) and bool(v))
+    return lambda value: [_at(i, item, one) for i, one in enumerate(is_list(value))]
 
 
 def _mapping(item: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
-    def check(value: Any) -> dict[str, Any]:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"must hold names and values, not {show(value)}")
-        return {_text(name): _at(name, item, one) for name, one in value.items()}
-
-    return check
+    is_mapping = _must("hold names and values", lambda value: isinstance(value, Mapping))
+    return lambda value: {_text(k): _at(k, item, one) for k, one in is_mapping(value).items()}
 
 
 def _at(place: Any, item: Callable[[Any], Any], value: Any) -> Any:
@@ -175,22 +162,18 @@ def _at(place: Any, item: Callable[[Any], Any], value: Any) -> Any:
 def _prompts(value: Any) -> str | PromptFile:
     if isinstance(value, str) and value:
         return value
-    fields = _mapping(_text)(value)
+    fields, known = _mapping(_text)(value), PromptFile.__dataclass_fields__
     for key in fields:
-        if key not in PromptFile.__dataclass_fields__:
-            raise ConfigError(
-                f"unknown key {show(key)}; known are {', '.join(PromptFile.__dataclass_fields__)}"
-            )
+        if key not in known:
+            raise ConfigError(f"unknown key {show(key)}; known are {', '.join(known)}")
     if "file" not in fields:
         raise ConfigError("'file' is missing")
     return PromptFile(**fields)
 
 
 def _confidence(value: Any) -> float:
-    number = _number(value)
-    if not 0 < number < 1:
-        raise ConfigError(f"must lie between 0 and 1, not {show(value)}")
-    return number
+    _number(value)
+    return float(_must("lie between 0 and 1", lambda share: 0 < share < 1)(value))
 
 
 _KEYS: dict[str, Callable[[Any], Any]] = {
@@ -198,7 +181,7 @@ _KEYS: dict[str, Callable[[Any], Any]] = {
     "vectors": _mapping(_text),
     "arms": _list(_text),
     "multipliers": _list(_number),
-    "scopes": _list(_scope),
+    "scopes": _list(_must(f"be one of {', '.join(SCOPES)}", lambda value: value in SCOPES)),
     "prompts": _list(_prompts),
     "metrics": _list(_text),
     "effects": _mapping(_number),
@@ -207,5 +190,5 @@ _KEYS: dict[str, Callable[[Any], Any]] = {
     "sampling": _mapping(lambda value: value),
     "samples": _whole(1),
     "seed": _whole(0),
-    "raw": _flag,
+    "raw": _must("be true or false", lambda value: isinstance(value, bool)),
 }

@@ -10,17 +10,15 @@ has an outcome for every set in which it applies.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-from cna_vllm.evaluation.metrics.base import Kind, Score
-from cna_vllm.evaluation.sample_size import (
-    discordant_shares,
-    sample_size_discordant,
-    sample_size_paired_means,
-)
+from cna_vllm.evaluation.metrics import Kind, Score
+from cna_vllm.evaluation.sample_size import pairs_for_means, pairs_for_rates
 from cna_vllm.evaluation.statistics import (
     RESAMPLES,
     Comparison,
@@ -51,6 +49,11 @@ class Analysis:
     power: float | None = 0.8
     seed: int = 0
     resamples: int = RESAMPLES
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of the functions in `statistics`."""
+        return {name: getattr(self, name) for name in ("confidence", "seed", "resamples")}
 
 
 @dataclass(frozen=True)
@@ -114,17 +117,14 @@ class Outcome:
     differences: tuple[Difference, ...]
 
 
-def outcomes(
-    scored: Sequence[Scored], control: str, analysis: Analysis | None = None
-) -> list[Outcome]:
+def outcomes(scored: Sequence[Scored], control: str, analysis: Analysis) -> list[Outcome]:
     """Holm's correction is over all comparisons of all outcomes together, as one family.
 
     A set to which the metric applies in no arm (no prompt has a score) gives no outcome.
 
     Raises:
-        ValueError: the control is no arm, arms are not paired, or an option is out of range.
+        ValueError: arms are not paired, or an option is out of range.
     """
-    analysis = analysis or Analysis()
     found = [
         _outcome(one, control, analysis)
         for one in scored
@@ -140,21 +140,14 @@ def outcomes(
     ]
 
 
-def per_prompt(scores: Sequence[Sequence[Score]]) -> list[Score]:
-    """Each prompt's mean over its samples that have a score; None where none has."""
-    means: list[Score] = []
-    for samples in scores:
-        known = [score for score in samples if score is not None]
-        means.append(math.fsum(known) / len(known) if known else None)
-    return means
+def _mean(scores: Sequence[Score]) -> Score:
+    """Over those there are; None where none is."""
+    known = [score for score in scores if score is not None]
+    return math.fsum(known) / len(known) if known else None
 
 
 def _outcome(scored: Scored, control: str, analysis: Analysis) -> Outcome:
-    if control not in scored.scores:
-        raise ValueError(
-            f"control {control!r} is not an arm; use one of {', '.join(scored.scores)}"
-        )
-    means = {arm: per_prompt(scores) for arm, scores in scored.scores.items()}
+    means = {arm: [*map(_mean, scores)] for arm, scores in scored.scores.items()}
     return Outcome(
         metric=scored.metric,
         prompt_set=scored.prompt_set,
@@ -171,106 +164,68 @@ def _estimate(arm: str, means: Sequence[Score], kind: Kind, analysis: Analysis) 
     if known and kind == "binary" and set(known) <= {0.0, 1.0}:
         interval = wilson(int(sum(known)), len(known), analysis.confidence)
     elif known:
-        interval = bootstrap_mean(
-            known,
-            confidence=analysis.confidence,
-            seed=analysis.seed,
-            resamples=analysis.resamples,
-        )
-    value = math.fsum(known) / len(known) if known else None
-    return Estimate(arm, len(known), len(means) - len(known), value, interval)
+        interval = bootstrap_mean(known, **analysis.options)
+    return Estimate(arm, len(known), len(means) - len(known), _mean(means), interval)
 
 
 def _difference(
     scored: Scored, control: str, arm: str, means: Mapping[str, list[Score]], analysis: Analysis
 ) -> Difference:
     once = all(len(samples) <= 1 for samples in scored.scores[arm])
-    comparison = compare_arms(
-        scored.kind if once else "continuous",
-        means[control],
-        means[arm],
-        confidence=analysis.confidence,
-        seed=analysis.seed,
-        resamples=analysis.resamples,
-    )
+    kind = scored.kind if once else "continuous"
+    comparison = compare_arms(kind, means[control], means[arm], **analysis.options)
     flips = None
     if scored.kind == "binary":
         flips = _flips(scored.scores[control], scored.scores[arm])
-    seen = wanted = None
-    if analysis.power is not None:
-        plan = _Plan(1 - analysis.confidence, analysis.power, _spread(means[control], means[arm]))
-        seen = plan.for_seen(comparison)
-        if scored.metric in analysis.effects:
-            wanted = plan.for_wanted(comparison, analysis.effects[scored.metric])
-    return Difference(arm, comparison, flips, needed_seen=seen, needed_wanted=wanted)
+    apart = [
+        y - x
+        for x, y in zip(means[control], means[arm], strict=True)
+        if x is not None and y is not None
+    ]
+    spread = float(np.std(apart, ddof=1)) if len(apart) > 1 else 0.0
+    needed = _needed(comparison, spread, analysis.effects.get(scored.metric, 0.0), analysis)
+    return Difference(arm, comparison, flips, *needed)
 
 
 def _flips(control: Sequence[Sequence[Score]], arm: Sequence[Sequence[Score]]) -> Flips:
-    pairs = [
-        (bool(x), bool(y))
+    pairs = Counter(
+        (x, y)
         for ours, theirs in zip(control, arm, strict=True)
         for x, y in zip(ours, theirs, strict=True)
-        if x is not None and y is not None
-    ]
+    )
     return Flips(
-        both=pairs.count((True, True)),
-        only_control=pairs.count((True, False)),
-        only_arm=pairs.count((False, True)),
-        neither=pairs.count((False, False)),
+        both=pairs[1.0, 1.0],
+        only_control=pairs[1.0, 0.0],
+        only_arm=pairs[0.0, 1.0],
+        neither=pairs[0.0, 0.0],
     )
 
 
-def _spread(control: Sequence[Score], arm: Sequence[Score]) -> float:
-    """Standard deviation of the prompts' differences; 0 with fewer than two."""
-    differences = [
-        y - x for x, y in zip(control, arm, strict=True) if x is not None and y is not None
-    ]
-    return float(np.std(differences, ddof=1)) if len(differences) > 1 else 0.0
+def _needed(
+    found: Comparison, spread: float, wanted: float, analysis: Analysis
+) -> tuple[int | None, int | None]:
+    """Prompts needed for the difference seen, and for the wanted one; None for a difference of 0.
 
-
-@dataclass(frozen=True)
-class _Plan:
-    """Prompts needed; None where there is no effect, no spread, or over a million are needed.
+    Of rates the wanted one is from the control's rate, in the direction that needs more prompts,
+    and with arms whose answers are independent: the careful choice, as answers of two arms to one
+    prompt mostly agree, and then fewer do.
 
     spread: standard deviation of the prompts' differences, for metrics that are not binary.
     """
-
-    alpha: float
-    power: float
-    spread: float
-
-    def for_seen(self, seen: Comparison) -> int | None:
-        if not seen.difference:
-            return None
-        if seen.only_a is None or seen.only_b is None:
-            return self._means(seen.difference)
-        return self._rates(seen.only_a / seen.n, seen.only_b / seen.n)
-
-    def for_wanted(self, seen: Comparison, wanted: float) -> int | None:
-        """Of rates: from the control's one, in the direction that needs more prompts, and with
-        arms whose answers are independent; else with the spread seen."""
-        if seen.only_a is None:
-            return self._means(wanted)
-        if seen.estimate_a is None:
-            return None
-        ends = (seen.estimate_a - abs(wanted), seen.estimate_a + abs(wanted))
-        needed = [
-            self._rates(*discordant_shares(seen.estimate_a, end)) for end in ends if 0 <= end <= 1
-        ]
-        return None if None in needed else max((n for n in needed if n), default=None)
-
-    def _rates(self, only_a: float, only_b: float) -> int | None:
-        try:
-            return sample_size_discordant(only_a, only_b, alpha=self.alpha, power=self.power)
-        except ValueError:
-            return None
-
-    def _means(self, difference: float) -> int | None:
-        if not self.spread:
-            return None
-        try:
-            return sample_size_paired_means(
-                difference / self.spread, alpha=self.alpha, power=self.power
-            )
-        except ValueError:
-            return None
+    if analysis.power is None or found.estimate_a is None or found.difference is None:
+        return None, None
+    options = {"alpha": 1 - analysis.confidence, "power": analysis.power}
+    if found.only_a is None or found.only_b is None:
+        if not spread:
+            return None, None
+        seen, for_wanted = (
+            pairs_for_means(size / spread, **options) for size in (found.difference, wanted)
+        )
+        return seen, for_wanted
+    rate = found.estimate_a
+    ends = [end for end in (rate - abs(wanted), rate + abs(wanted)) if 0 <= end <= 1]
+    both = [pairs_for_rates(rate - rate * end, end - rate * end, **options) for end in ends]
+    return (
+        pairs_for_rates(found.only_a / found.n, found.only_b / found.n, **options),
+        None if None in both else max((n for n in both if n), default=None),
+    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of an A/B test, and its file, `ab.json` (format `cna-ab`, version 1).
+"""The result of an A/B test, its file `ab.json` (format `cna-ab`, version 1), and its folder.
 
 The file holds all that was run and every score, so that statistics and reports can be made again
 without an engine; `outcomes` are what follows from them, for other programs to read.
@@ -12,15 +12,17 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from cna_vllm.batch import partial
+from cna_vllm.batch.plan import Request, digests
 from cna_vllm.evaluation.answers import SetInfo
-from cna_vllm.evaluation.metrics.base import Better, EngineMetric, Kind, Metric
+from cna_vllm.evaluation.metrics import Better, EngineMetric, Kind, Metric
 from cna_vllm.evaluation.outcomes import Analysis, Outcome, Scores
 from cna_vllm.files import write_atomic
 
 FORMAT, VERSION = "cna-ab", 1
-_KINDS, _BETTER = ("binary", "continuous"), ("higher", "lower", "neither")
+ANSWERS, RESULT, REPORT = "answers.jsonl", "ab.json", "report.html"
 
 
 class ResultError(ValueError):
@@ -104,9 +106,9 @@ class Result:
     def metric(self, name: str) -> MetricInfo:
         return next(metric for metric in self.metrics if metric.name == name)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The object of `ab.json`."""
-        return {
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes `ab.json`, atomically."""
+        whole = {
             "format": FORMAT,
             "version": VERSION,
             "test": asdict(self.test),
@@ -115,10 +117,12 @@ class Result:
             "outcomes": [asdict(outcome) for outcome in self.outcomes],
             "scores": self.scores,
         }
+        write_json(path, whole)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes `ab.json`, atomically."""
-        write_atomic(path, [json.dumps(self.to_dict(), ensure_ascii=False, indent=1), "\n"])
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes a file of indented JSON, atomically."""
+    write_atomic(path, [json.dumps(value, ensure_ascii=False, indent=1), "\n"])
 
 
 def load(
@@ -150,7 +154,7 @@ def load(
         analysis = Analysis(**whole["analysis"])
         if test.control not in test.arm_names:
             raise ValueError(f"the control {test.control!r} is not an arm")
-        if any(m.kind not in _KINDS or m.better not in _BETTER for m in metrics):
+        if any(m.kind not in get_args(Kind) or m.better not in get_args(Better) for m in metrics):
             raise ValueError("a metric's 'kind' or 'better' is unknown")
     except (KeyError, TypeError, ValueError) as error:
         raise ResultError(f"{path}: is incomplete or malformed ({error!r})") from error
@@ -164,3 +168,41 @@ def _scores(scores: Scores, test: Test) -> Scores:
     ):
         raise ValueError("'scores' does not fit the arms, prompts and samples")
     return scores
+
+
+def batch_identity(
+    model: str, steering: Mapping[str, Mapping[str, Any]], identity: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What answers depend on besides the rows that ask for them."""
+    named = {f"steering {name}": what["digest"] for name, what in steering.items()}
+    return {**identity, "model": model, **named}
+
+
+def answered(out: Path, rows: Sequence[Request], identity: Mapping[str, Any]) -> Test | None:
+    """The test in `out` if it is this one and all of its rows are answered; None if none is there.
+
+    Raises:
+        ResultError: `out` holds another test.
+        BatchError: it holds the unfinished rows of another one.
+    """
+    from cna_vllm.batch.runner import rows_done
+
+    rows_done(rows, out / ANSWERS, identity)
+    if not ((out / RESULT).exists() and (out / ANSWERS).exists()):
+        return None
+    test, *_ = load(out / RESULT)
+    wanted = {**identity, **digests(rows)}
+    if test.identity == wanted:
+        return test
+    names = [n for n in {**wanted, **test.identity} if test.identity.get(n) != wanted.get(n)]
+    raise ResultError(
+        f"{out}: holds a test with other settings ({', '.join(names)}); name another folder, or "
+        "add --restart to discard that test"
+    )
+
+
+def discard(out: Path) -> None:
+    """Removes what an earlier test left in `out`. Raises BatchError where one runs."""
+    partial.discard(out / ANSWERS)
+    for name in (RESULT, REPORT, ANSWERS):
+        (out / name).unlink(missing_ok=True)

@@ -9,7 +9,6 @@ there is too little data. Nothing returns NaN or warns.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,27 +19,12 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from cna_vllm.evaluation.metrics.base import Kind, Score
+from cna_vllm.evaluation.metrics import Kind, Score
 
 RESAMPLES = 9999
 _BATCH_VALUES = 4_000_000  # float64 values resampled at once: 32 MB
 
 Interval = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class McNemar:
-    """Exact McNemar test: two-sided binomial test of `only_a` against `only_b`.
-
-    both, neither, only_a, only_b: pairs with a 1 in both arms, in none, in one of them.
-    p_value: 1 without discordant pairs.
-    """
-
-    both: int
-    only_a: int
-    only_b: int
-    neither: int
-    p_value: float
 
 
 @dataclass(frozen=True)
@@ -94,16 +78,12 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     return min(max(float(low), 0.0), successes / n), max(min(float(high), 1.0), successes / n)
 
 
-def mcnemar_exact(a: Sequence[float], b: Sequence[float]) -> McNemar:
-    """a, b: paired scores of 0 or 1."""
-    left, right = _pair(a, b)
-    _check_binary(left, right)
-    table = np.zeros((2, 2), dtype=np.int64)
-    np.add.at(table, ((1 - left).astype(int), (1 - right).astype(int)), 1)
-    (both, only_a), (only_b, neither) = table.tolist()
+def mcnemar_exact(only_a: int, only_b: int) -> float:
+    """p-value of the exact McNemar test: a two-sided binomial test of the discordant pairs."""
     # statsmodels gives the same 1.0 without discordant pairs; said here, not left to rounding.
-    p_value = float(mcnemar(table, exact=True).pvalue) if only_a + only_b else 1.0
-    return McNemar(both, only_a, only_b, neither, min(p_value, 1.0))
+    if not only_a + only_b:
+        return 1.0
+    return min(float(mcnemar(((0, only_a), (only_b, 0)), exact=True).pvalue), 1.0)
 
 
 def bootstrap_mean(
@@ -118,7 +98,9 @@ def bootstrap_mean(
     None with fewer than two values or with equal ones.
     """
     _check_confidence(confidence)
-    data = _numbers(values)
+    data = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(data).all():
+        raise ValueError("scores must be finite numbers; use None for no score")
     if len(data) < 2 or np.ptp(data) == 0:
         return None
     # From 0 to 1, so that the third powers of the acceleration neither vanish nor overflow.
@@ -138,7 +120,7 @@ def bootstrap_mean(
 
 
 def paired_permutation(
-    a: Sequence[float], b: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES
+    differences: NDArray[np.float64], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> float:
     """Two-sided p-value of the mean difference under random signs of the pairs' differences.
 
@@ -148,8 +130,6 @@ def paired_permutation(
     (hits + 1) / (resamples + 1) per side (Phipson and Smyth 2010). 1 where no pair differs, and
     with fewer than two pairs.
     """
-    left, right = _pair(a, b)
-    differences = right - left
     if len(differences) < 2 or not differences.any():
         return 1.0
     result = stats.permutation_test(
@@ -190,73 +170,42 @@ def compare_arms(
     """
     if metric_kind not in ("binary", "continuous"):
         raise ValueError(f"metric_kind={metric_kind!r}; use binary or continuous")
-    if len(baseline_scores) != len(arm_scores):
-        raise ValueError(
-            f"arms of {len(baseline_scores)} and {len(arm_scores)} scores are not paired; "
-            "give one score a prompt in both"
-        )
-    _check_confidence(confidence)
     binary = metric_kind == "binary"
-    test = "exact McNemar" if binary else "paired permutation"
-    pairs = [
-        (x, y)
-        for x, y in zip(baseline_scores, arm_scores, strict=True)
-        if x is not None and y is not None
-    ]
-    missing_a, missing_b = list(baseline_scores).count(None), list(arm_scores).count(None)
-    dropped = len(baseline_scores) - len(pairs)
-    if not pairs:
-        counts = 0 if binary else None
-        return Comparison(
-            kind=metric_kind,
-            n=0,
-            n_dropped=dropped,
-            missing_a=missing_a,
-            missing_b=missing_b,
-            estimate_a=None,
-            ci_a=None,
-            estimate_b=None,
-            ci_b=None,
-            difference=None,
-            ci_difference=None,
-            p_value=None,
-            test=test,
-            only_a=counts,
-            only_b=counts,
-            confidence=confidence,
-        )
-    a, b = [x for x, _ in pairs], [y for _, y in pairs]
-    left, right = _pair(a, b)
+    both = list(zip(baseline_scores, arm_scores, strict=True))
+    pairs = [pair for pair in both if None not in pair]
+    a, b = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+    n, difference = len(pairs), b - a
 
-    def mean_interval(values: NDArray[np.float64]) -> Interval | None:
+    def interval(values: NDArray[np.float64], *, rate: bool = binary) -> Interval | None:
+        if rate and n:
+            return wilson(int(values.sum()), n, confidence)
         return bootstrap_mean(values, confidence=confidence, seed=seed, resamples=resamples)
 
-    def arm_interval(values: NDArray[np.float64]) -> Interval | None:
-        if binary:
-            return wilson(int(values.sum()), len(values), confidence)
-        return mean_interval(values)
-
-    discordant = mcnemar_exact(a, b) if binary else None
+    only_a = only_b = None
+    if binary:
+        for score in (*a, *b):
+            if score not in (0, 1):
+                raise ValueError(f"score {score} of a binary metric is neither 0 nor 1")
+        only_a, only_b = int((a > b).sum()), int((a < b).sum())
+        p_value = mcnemar_exact(only_a, only_b)
+    else:
+        p_value = paired_permutation(difference, seed=seed, resamples=resamples)
     return Comparison(
         kind=metric_kind,
-        n=len(pairs),
-        n_dropped=dropped,
-        missing_a=missing_a,
-        missing_b=missing_b,
-        estimate_a=float(left.mean()),
-        ci_a=arm_interval(left),
-        estimate_b=float(right.mean()),
-        ci_b=arm_interval(right),
-        difference=float((right - left).mean()),
-        ci_difference=mean_interval(right - left),
-        p_value=(
-            discordant.p_value
-            if discordant
-            else paired_permutation(a, b, seed=seed, resamples=resamples)
-        ),
-        test=test,
-        only_a=discordant.only_a if discordant else None,
-        only_b=discordant.only_b if discordant else None,
+        n=n,
+        n_dropped=len(both) - n,
+        missing_a=list(baseline_scores).count(None),
+        missing_b=list(arm_scores).count(None),
+        estimate_a=float(a.mean()) if n else None,
+        ci_a=interval(a),
+        estimate_b=float(b.mean()) if n else None,
+        ci_b=interval(b),
+        difference=float(difference.mean()) if n else None,
+        ci_difference=interval(difference, rate=False),
+        p_value=p_value if n else None,
+        test="exact McNemar" if binary else "paired permutation",
+        only_a=only_a,
+        only_b=only_b,
         confidence=confidence,
     )
 
@@ -267,28 +216,6 @@ def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return [replace(c, p_holm=p) for c, p in zip(comparisons, adjusted, strict=True)]
 
 
-def _numbers(values: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
-    data = np.asarray(values, dtype=np.float64)
-    if data.ndim != 1 or not np.isfinite(data).all():
-        raise ValueError("scores must be a plain list of finite numbers; use None for no score")
-    return data
-
-
-def _pair(
-    a: Sequence[float], b: Sequence[float]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    if len(a) != len(b):
-        raise ValueError(f"{len(a)} and {len(b)} scores are not paired; give as many of each")
-    return _numbers(a), _numbers(b)
-
-
-def _check_binary(*arms: NDArray[np.float64]) -> None:
-    for arm in arms:
-        wrong = arm[(arm != 0) & (arm != 1)]
-        if len(wrong):
-            raise ValueError(f"score {wrong[0]} of a binary metric is neither 0 nor 1")
-
-
 def _check_confidence(confidence: float) -> None:
-    if not (math.isfinite(confidence) and 0 < confidence < 1):
+    if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must lie between 0 and 1, for instance 0.95")

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers and sentences that the terminal table and the report have in common."""
+"""The result of an A/B test as text: numbers and sentences, of the report as well, and a table."""
 
 from __future__ import annotations
 
 import math
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cna_vllm.evaluation.metrics.base import Kind
-from cna_vllm.evaluation.outcomes import Difference, Outcome
+from cna_vllm.evaluation.metrics import Kind
+from cna_vllm.evaluation.outcomes import Difference, Estimate, Outcome
 from cna_vllm.evaluation.result import Result
 from cna_vllm.evaluation.statistics import Interval
 
 NONE = "-"
+_WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class Form:
         write = self.signed if difference else self._plain
         return f"[{', '.join(map(write, ends))}]"
 
+    def tick(self, value: float) -> str:
+        """As short as it can be, without a percent sign."""
+        return f"{100 * value if self.percent else value:g}"
+
     def _plain(self, value: float) -> str:
         return f"{100 * value if self.percent else value:,.{self.places}f}"
 
@@ -59,11 +66,6 @@ def p_value(value: float | None) -> str:
 
 def count(value: int | None) -> str:
     return NONE if value is None else f"{value:,}"
-
-
-def tick(value: float, *, percent: bool = False) -> str:
-    """A tick's label, as short as it can be."""
-    return f"{100 * value if percent else value:g}"
 
 
 def found(difference: Difference, result: Result) -> bool:
@@ -127,3 +129,70 @@ def methods(result: Result) -> list[str]:
         f"the corrected p is at most {1 - analysis.confidence:g}."
     )
     return lines
+
+
+def table(result: Result) -> str:
+    """A block for each metric and prompt set, a line for each arm, and what the numbers mean."""
+    test = result.test
+    head = (
+        f"{test.model}: {len(test.arms)} arms, {test.prompts} prompts, {test.answers} answers; "
+        f"control: {test.control}"
+    )
+    notes = [textwrap.fill(line, _WIDTH) for line in methods(result)]
+    blocks = [_block(outcome, result) for outcome in result.outcomes]
+    return "\n\n".join([head, *blocks, "\n".join(notes)])
+
+
+def _block(outcome: Outcome, result: Result) -> str:
+    metric = result.metric(outcome.metric)
+    differences = {difference.arm: difference for difference in outcome.differences}
+    level = f"{100 * result.analysis.confidence:g}%"
+    flips = metric.kind == "binary"
+    wanted = any(d.needed_wanted is not None for d in outcome.differences)
+    columns = ["arm", "n", "estimate", level, f"vs {result.test.control}", level, "p", "Holm", ""]
+    columns += ["flips -/+"] if flips else []
+    columns += ["needed"] if result.analysis.power is not None else []
+    columns += ["for wanted"] if wanted else []
+    form = Form.of(outcome, metric.kind)
+    lines = [columns]
+    for estimate in outcome.estimates:
+        line = _estimate_cells(estimate, form)
+        if difference := differences.get(estimate.arm):
+            line += _difference_cells(difference, form)
+            line.append("*" if found(difference, result) else "")
+            if flips and difference.flips:
+                line.append(f"{difference.flips.only_control}/{difference.flips.only_arm}")
+            if result.analysis.power is not None:
+                line.append(count(difference.needed_seen))
+            if wanted:
+                line.append(count(difference.needed_wanted))
+        lines.append(line + [""] * (len(columns) - len(line)))
+    direction = "" if metric.better == "neither" else f", {metric.better} is better"
+    return f"{metric.name} on {outcome.prompt_set}{direction}\n{align(lines)}"
+
+
+def _estimate_cells(estimate: Estimate, form: Form) -> list[str]:
+    n = f"{estimate.n}" if not estimate.missing else f"{estimate.n} (-{estimate.missing})"
+    return [estimate.arm, n, form.number(estimate.value), form.interval(estimate.interval)]
+
+
+def _difference_cells(difference: Difference, form: Form) -> list[str]:
+    compared = difference.comparison
+    return [
+        form.signed(compared.difference),
+        form.interval(compared.ci_difference, difference=True),
+        p_value(compared.p_value),
+        p_value(compared.p_holm),
+    ]
+
+
+def align(lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """The first `left` columns to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

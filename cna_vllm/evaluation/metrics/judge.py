@@ -21,10 +21,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from cna_vllm.evaluation.metrics.base import Answer, Better, Kind, MetricError, Score
+from cna_vllm.evaluation.metrics import Answer, Better, Kind, MetricError, Score
 
 if TYPE_CHECKING:
     from openai import OpenAI, OpenAIError
@@ -87,7 +87,7 @@ class Judge:
 
     url: str
     model: str
-    rubric: str = "strongreject"
+    rubric: Literal["strongreject", "scale10"] = "strongreject"
     key_env: str = ""
     retries: int = 5
     timeout: float = 120.0
@@ -107,16 +107,8 @@ class Judge:
                 f"metric judge: url={self.url!r} is not an http(s) address; "
                 "give the base URL, like http://localhost:8000/v1"
             )
-        if self.rubric not in _PARSERS:
-            raise MetricError(
-                f"metric judge: rubric={self.rubric!r}; use one of {', '.join(_PARSERS)}"
-            )
-        for option, least in (
-            ("retries", 0),
-            ("timeout", 0.001),
-            ("workers", 1),
-            ("max_tokens", 1),
-        ):
+        least_of = {"retries": 0, "timeout": 0.001, "workers": 1, "max_tokens": 1}
+        for option, least in least_of.items():
             if not least <= getattr(self, option) < float("inf"):
                 raise MetricError(
                     f"metric judge: {option}={getattr(self, option)} must be at least {least}"
@@ -152,7 +144,8 @@ class Judge:
         """
         from openai import OpenAI, OpenAIError
 
-        system, user = _rubric(self.rubric)
+        path = resources.files("cna_vllm") / "data" / "rubrics" / f"{self.rubric}.txt"
+        system, user = path.read_text("utf-8").split("\n---\n")
         with (
             OpenAI(
                 base_url=self.url,
@@ -197,13 +190,6 @@ class Judge:
             f"metric {self.name}: {self.url} failed ({type(error).__name__}: {reason}); "
             "check the endpoint, the model's name and the key"
         )
-
-
-def _rubric(name: str) -> tuple[str, str]:
-    """The system and the user message of a packaged rubric, parted by a line `---`."""
-    path = resources.files("cna_vllm") / "data" / "rubrics" / f"{name}.txt"
-    system, user = path.read_text("utf-8").split("\n---\n")
-    return system, user
 
 
 def _fill(template: str, answer: Answer) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cna_vllm.evaluation.metrics.base import Answer, Better, Kind, MetricError, Score
+from cna_vllm.evaluation.metrics import Answer, Better, Kind, MetricError, Score
 
 # Letters of scripts in which one stands for a syllable or a word.
 _DENSE = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL")
@@ -30,7 +30,13 @@ class Language:
     better: ClassVar[Better] = "neither"
 
     def __post_init__(self) -> None:
-        known = _known_codes()
+        try:
+            import py3langid
+        except ImportError as error:
+            raise MetricError(
+                "metric language: needs py3langid; pip install 'cna-vllm[eval]'"
+            ) from error
+        known = {code for code, _ in py3langid.rank("")}
         if self.code not in known:
             raise MetricError(
                 f"metric language: code={self.code!r}; use one of {', '.join(sorted(known))}"
@@ -66,13 +72,3 @@ def _letters(text: str) -> int:
         for c in text
         if c.isalpha()
     )
-
-
-def _known_codes() -> set[str]:
-    try:
-        import py3langid
-    except ImportError as error:
-        raise MetricError(
-            "metric language: needs py3langid; pip install 'cna-vllm[eval]'"
-        ) from error
-    return {code for code, _ in py3langid.rank("")}

@@ -11,18 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from cna_vllm.evaluation.metrics.base import Answer, Better, Kind, MetricError, Score
+from cna_vllm.evaluation.metrics import Answer, Better, Kind, MetricError, Score
 from cna_vllm.evaluation.metrics.text import token_ids
-
-UNITS = ("words", "tokens")
 
 
 @dataclass(frozen=True)
 class _NGrams:
     n: int = 3
-    unit: str = "words"
+    unit: Literal["words", "tokens"] = "words"
     kind: ClassVar[Kind] = "continuous"
     base_name: ClassVar[str]
     definition: ClassVar[str]
@@ -30,10 +28,6 @@ class _NGrams:
     def __post_init__(self) -> None:
         if self.n < 1:
             raise MetricError(f"metric {self.base_name}: n={self.n} must be at least 1")
-        if self.unit not in UNITS:
-            raise MetricError(
-                f"metric {self.base_name}: unit={self.unit!r}; use one of {', '.join(UNITS)}"
-            )
 
     @property
     def name(self) -> str:
@@ -54,11 +48,8 @@ class _NGrams:
             else:
                 units = token_ids(self.name, index, answer)
             total = len(units) - self.n + 1
-            if total < 1:
-                scores.append(None)
-                continue
             distinct = len({tuple(units[i : i + self.n]) for i in range(total)})
-            scores.append(self._value(distinct, total, len(units)))
+            scores.append(self._value(distinct, total, len(units)) if total > 0 else None)
         return scores
 
     def _value(self, distinct: int, total: int, units: int) -> float:

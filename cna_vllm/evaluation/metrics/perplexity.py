@@ -6,9 +6,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from cna_vllm.evaluation.metrics.base import (
+from cna_vllm.evaluation.metrics import (
     Answer,
     Better,
     EngineContext,
@@ -17,8 +17,6 @@ from cna_vllm.evaluation.metrics.base import (
     Score,
 )
 from cna_vllm.evaluation.metrics.text import token_ids
-
-SCALES = ("perplexity", "nll")
 
 
 @dataclass(frozen=True)
@@ -30,15 +28,9 @@ class Perplexity:
     `scale=nll` the mean itself, which outliers sway less.
     """
 
-    scale: str = "perplexity"
+    scale: Literal["perplexity", "nll"] = "perplexity"
     kind: ClassVar[Kind] = "continuous"
     better: ClassVar[Better] = "lower"
-
-    def __post_init__(self) -> None:
-        if self.scale not in SCALES:
-            raise MetricError(
-                f"metric perplexity: scale={self.scale!r}; use one of {', '.join(SCALES)}"
-            )
 
     @property
     def name(self) -> str:
@@ -50,18 +42,13 @@ class Perplexity:
         return f"exp({mean})." if self.scale == "perplexity" else f"{mean.capitalize()}, in nats."
 
     def score_with(self, engine: EngineContext, answers: Sequence[Answer]) -> list[Score]:
-        asked: list[int] = []
-        sequences: list[list[int]] = []
-        for index, answer in enumerate(answers):
-            generated = token_ids(self.name, index, answer)
-            if not generated:
-                continue
-            if not answer.prompt_token_ids:
+        asked = [i for i, answer in enumerate(answers) if token_ids(self.name, i, answer)]
+        for index in asked:
+            if not answers[index].prompt_token_ids:
                 raise MetricError(
                     f"metric {self.name}: answer {index} has no prompt_token_ids; give them"
                 )
-            asked.append(index)
-            sequences.append([*answer.prompt_token_ids, *generated])
+        sequences = [[*answers[i].prompt_token_ids, *answers[i].token_ids] for i in asked]
         scores: list[Score] = [None] * len(answers)
         replies = engine.prompt_logprobs(sequences) if sequences else []
         for index, sequence, logprobs in zip(asked, sequences, replies, strict=True):

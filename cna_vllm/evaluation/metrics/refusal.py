@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cna_vllm.evaluation.metrics.base import BENIGN, Answer, Better, Kind, Score
+from cna_vllm.evaluation.metrics import BENIGN, Answer, Better, Kind, Score
 from cna_vllm.evaluation.metrics.refusal_patterns import (
     ANY_ACT,
     APOLOGY_ONLY,

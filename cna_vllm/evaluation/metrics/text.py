@@ -7,11 +7,9 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from cna_vllm.evaluation.metrics.base import Answer, Better, Kind, MetricError, Score
-
-UNITS = ("tokens", "words", "characters")
+from cna_vllm.evaluation.metrics import Answer, Better, Kind, MetricError, Score
 
 
 def token_ids(metric: str, index: int, answer: Answer) -> tuple[int, ...]:
@@ -28,13 +26,9 @@ def token_ids(metric: str, index: int, answer: Answer) -> tuple[int, ...]:
 class Length:
     """Length of the answer in `unit`s. An empty answer has length 0."""
 
-    unit: str = "tokens"
+    unit: Literal["tokens", "words", "characters"] = "tokens"
     kind: ClassVar[Kind] = "continuous"
     better: ClassVar[Better] = "neither"
-
-    def __post_init__(self) -> None:
-        if self.unit not in UNITS:
-            raise MetricError(f"metric length: unit={self.unit!r}; use one of {', '.join(UNITS)}")
 
     @property
     def name(self) -> str:
@@ -70,11 +64,10 @@ class Empty:
     description: ClassVar[str] = "Share of answers without any visible character."
 
     def score(self, answers: Sequence[Answer]) -> list[Score]:
-        return [float(not any(map(_visible, answer.text))) for answer in answers]
-
-
-def _visible(character: str) -> bool:
-    return unicodedata.category(character)[0] not in "CZ"
+        return [
+            float(all(unicodedata.category(character)[0] in "CZ" for character in answer.text))
+            for answer in answers
+        ]
 
 
 @dataclass(frozen=True)

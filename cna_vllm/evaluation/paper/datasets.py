@@ -32,8 +32,8 @@ def read_jbb(source: str = JBB_HUB) -> JbbBehaviors:
     Raises:
         PromptError: one line that says what was looked for and where.
     """
-    harmful, benign = (_read(_jbb_file(source, name), _JBB_COLUMN) for name in _JBB_FILES)
-    return JbbBehaviors(harmful, benign)
+    files = [_jbb_file(source, name) for name in _JBB_FILES]
+    return JbbBehaviors(*(tuple(read_prompts(file, column=_JBB_COLUMN)) for file in files))
 
 
 def read_strongreject(source: str) -> tuple[Prompt, ...]:
@@ -54,11 +54,11 @@ def read_strongreject(source: str) -> tuple[Prompt, ...]:
         return tuple(read_prompts(path))
     first, second = _STRONGREJECT_COLUMNS
     try:
-        return _read(path, first)
+        return tuple(read_prompts(path, column=first))
     except PromptError as error:
         if f"no column {first!r}" not in str(error):
             raise
-    return _read(path, second)
+    return tuple(read_prompts(path, column=second))
 
 
 @contextmanager
@@ -72,10 +72,6 @@ def quiet_hub() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def _read(path: Path, column: str) -> tuple[Prompt, ...]:
-    return tuple(read_prompts(path, column=column))
 
 
 def _jbb_file(source: str, name: str) -> Path:

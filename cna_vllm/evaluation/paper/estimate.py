@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cna_vllm.evaluation.paper.settings import CAA_SIGNS, Settings
 from cna_vllm.serving.seams.offline import engine_of
@@ -23,20 +23,12 @@ _PROBE_LENGTH = 32
 _PROBE_TOKENS = 8
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(NamedTuple):
     """Work of one part: requests, their prompt tokens, and the most tokens they may generate."""
 
     requests: int
     prompt_tokens: int
     new_tokens: int
-
-    def __add__(self, other: Load) -> Load:
-        return Load(
-            self.requests + other.requests,
-            self.prompt_tokens + other.prompt_tokens,
-            self.new_tokens + other.new_tokens,
-        )
 
 
 @dataclass(frozen=True)
@@ -57,32 +49,40 @@ def loads(settings: Settings, tokenizer: Any, questions: Sequence[str] = ()) -> 
     questions: the texts that one arm of mmlu scores.
     """
 
-    def of(prompts: Sequence[Prompt], times: int = 1, new: int = 0) -> Load:
-        tokens = sum(len(render(tokenizer, prompt)) for prompt in prompts)
-        return Load(len(prompts) * times, tokens * times, len(prompts) * times * new)
+    def sizes(*prompts: Sequence[Prompt]) -> list[int]:
+        return [len(render(tokenizer, prompt)) for some in prompts for prompt in some]
 
-    every, small = [*settings.harmful, *settings.benign], [*settings.positive, *settings.negative]
-    answer = settings.max_tokens
-    sweep = settings.sweep_prompts
-    arms = len(settings.multipliers)
-    found: dict[str, Load] = {}
-    for part in settings.parts:
-        if part == "jbb":
-            answered = [*settings.limited(settings.harmful), *settings.limited(settings.benign)]
-            found[part] = of(every) + of(answered, 2, answer)
-        elif part == "sweep":
-            found[part] = of(small) + of(sweep, arms, answer)
-        elif part == "caa":
-            found[part] = of(small, 2) + of(sweep, 1 + 2 * len(CAA_SIGNS), answer)
-        elif part == "strongreject":
-            found[part] = of(settings.limited(settings.forbidden), 2, answer)
-        elif part == "structure":
-            found[part] = of(small)
-        else:
-            tokens = sum(len(tokenizer.encode(text)) for text in questions)
-            runs = arms + len(CAA_SIGNS) * ("caa" in settings.parts)
-            found[part] = Load(len(questions) * runs, tokens * runs, len(questions) * runs)
-    return found
+    answer, arms, signs = settings.max_tokens, len(settings.multipliers), len(CAA_SIGNS)
+    contrast = sizes(settings.positive, settings.negative)
+    sweep = sizes(settings.sweep_prompts)
+    jbb = settings.harmful, settings.benign
+    # Of each part: sizes of prompts, how often they are sent, and the most tokens of an answer.
+    asked: dict[str, list[tuple[list[int], int, int]]] = {
+        "jbb": [(sizes(*jbb), 1, 0), (sizes(*map(settings.limited, jbb)), 2, answer)],
+        "sweep": [(contrast, 1, 0), (sweep, arms, answer)],
+        "caa": [(contrast, 2, 0), (sweep, 1 + 2 * signs, answer)],
+        "mmlu": [
+            (
+                [len(tokenizer.encode(text)) for text in questions],
+                arms + signs * ("caa" in settings.parts),
+                1,
+            )
+        ],
+        "strongreject": [(sizes(settings.limited(settings.forbidden)), 2, answer)],
+        "structure": [(contrast, 1, 0)],
+    }
+    return {
+        part: _sum(Load(len(s) * n, sum(s) * n, len(s) * n * new) for s, n, new in asked[part])
+        for part in settings.parts
+    }
+
+
+def _with_sum(found: Mapping[str, Load]) -> dict[str, Load]:
+    return {**found, "all": _sum(found.values())}
+
+
+def _sum(loads: Iterable[Load]) -> Load:
+    return Load(*map(sum, zip(*loads, strict=True)))
 
 
 def measure_speed(llm: LLM) -> Speed:
@@ -115,7 +115,7 @@ def measure_speed(llm: LLM) -> Speed:
 
 
 def report(found: Mapping[str, Load]) -> str:
-    """The loads as lines of text."""
+    """The loads, and their sum, as lines of text."""
     return "\n".join(
         f"{name:13} {load.requests:7,} requests, {load.prompt_tokens:11,} prompt tokens, "
         f"at most {load.new_tokens:10,} new tokens"
@@ -127,10 +127,6 @@ def durations(found: Mapping[str, Load], speed: Speed) -> str:
     """How long the parts will take, in one line."""
     times = {name: _duration(speed.seconds(load)) for name, load in _with_sum(found).items()}
     return f"at most {times.pop('all')}: {', '.join(f'{n} {time}' for n, time in times.items())}"
-
-
-def _with_sum(found: Mapping[str, Load]) -> dict[str, Load]:
-    return {**found, "all": sum(found.values(), Load(0, 0, 0))}
 
 
 def _duration(seconds: float) -> str:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -13,7 +13,9 @@ from cna_vllm.evaluation.paper.rows import Row
 from cna_vllm.evaluation.paper.settings import CAA_LAYER, CAA_SIGNS, SCOPE, TOP
 from cna_vllm.evaluation.paper.study import PLAIN, Figures, Study
 from cna_vllm.evaluation.statistics import wilson
+from cna_vllm.serving.seams.offline import engine_of
 from cna_vllm.steering.arms import Arm
+from cna_vllm.steering.circuit import Circuit
 
 QUALITY = "quality-3"
 # The published baseline adds harmful minus benign, at every layer and position.
@@ -42,10 +44,9 @@ def jbb(study: Study) -> list[Row]:
 
 def sweep(study: Study) -> list[Row]:
     """Table 1: the circuit of a few prompts, at every multiplier, on prompts it did not see."""
-    settings = study.settings
-    study.circuit("small", settings.positive, settings.negative)
-    arms = [_dose("small", m) for m in settings.multipliers]
-    sets = {"harmful": settings.sweep_prompts}
+    study.circuit("small")
+    arms = [_dose("small", m) for m in study.settings.multipliers]
+    sets = {"harmful": study.settings.sweep_prompts}
     figures = study.answers("sweep", arms, sets, [*study.refusal, "quality:n=3"])
     known = _known(study)
     rows = []
@@ -81,9 +82,10 @@ def caa(study: Study) -> list[Row]:
 def mmlu(study: Study) -> list[Row]:
     """Accuracy at every multiplier of the sweep's circuit; with caa, of its vectors as well."""
     settings = study.settings
-    study.circuit("small", settings.positive, settings.negative)
+    study.circuit("small")
     doses = sorted(settings.multipliers, key=lambda m: m != 1.0)
     arms = {f"{m:g}": _dose("small", m) for m in doses}
+    assert study.task is not None
     if "caa" in settings.parts:  # the form at all positions: the harness scores prompts
         arms |= {arm.name.replace(" ", ""): arm for arm in _vector_arms(study, "mlp")}
     rows: list[Row] = []
@@ -105,7 +107,7 @@ def mmlu(study: Study) -> list[Row]:
 def strongreject(study: Study) -> list[Row]:
     """A judge's score of the answers to StrongREJECT's prompts, plain and ablated."""
     settings = study.settings
-    study.circuit("small", settings.positive, settings.negative)
+    study.circuit("small")
     arms = [PLAIN, _dose("small", 0.0)]
     sets = {"harmful": settings.limited(settings.forbidden)}
     judge = f"judge:{settings.judge}"
@@ -123,63 +125,38 @@ def strongreject(study: Study) -> list[Row]:
 def structure(study: Study) -> list[Row]:
     """Late-layer shares of the strongest neurons, and how many the base model's circuit has too."""
     from cna_vllm.reading.compare import compare
-    from cna_vllm.reading.profile import late_shares
 
-    settings = study.settings
-    circuit = study.circuit("top", settings.positive, settings.negative, top_k=TOP)
+    circuit = study.circuit("top", top_k=TOP)
     known = _known(study)
-    name = None if known is None else known.model
-    where, share = published.LATE_SHARES.get(name or "", ("", None))
-    rows = [
-        Row(
-            "structure",
-            f"{late.name}, of {len(circuit)}",
-            late.share,
-            n=len(circuit),
-            published=share if late.name == where else None,
-        )
-        for late in late_shares(circuit)
-    ]
+    name = "" if known is None else known.model
+    count = len(circuit)
+    rows = [*_late(circuit, f"{{}}, of {count}", published.LATE_SHARES.get(name))]
     base = study.base_circuit()
     if base is not None:
         comparison = compare(circuit, base)
-        both = published.SHARED_WITH_BASE.get(name or "")
+        both = published.SHARED_WITH_BASE.get(name)
+        theirs = None if both is None else both / TOP
+        shared, chance = len(comparison.common), comparison.within_layers.expected
+        what, by_chance = "neurons shared with the base model's", "the same, expected by chance"
         rows += [
-            Row(
-                "structure",
-                "neurons shared with the base model's",
-                len(comparison.common) / len(circuit),
-                n=len(circuit),
-                published=None if both is None else both / TOP,
-            ),
-            Row(
-                "structure",
-                "the same, expected by chance within layers",
-                comparison.within_layers.expected / len(circuit),
-                n=len(circuit),
-            ),
-        ]
-        where, share = published.BASE_LATE_SHARES.get(name or "", ("", None))
-        rows += [
-            Row(
-                "structure",
-                f"base model: {late.name}",
-                late.share,
-                n=len(base),
-                published=share if late.name == where else None,
-            )
-            for late in late_shares(base)
+            Row("structure", what, shared / count, n=count, published=theirs),
+            Row("structure", f"{by_chance} within layers", chance / count, n=count),
+            *_late(base, "base model: {}", published.BASE_LATE_SHARES.get(name)),
         ]
     return rows
 
 
+def _late(circuit: Circuit, what: str, theirs: tuple[str, float] | None) -> Iterator[Row]:
+    from cna_vllm.reading.profile import late_shares
+
+    for late in late_shares(circuit):
+        paper = theirs[1] if theirs is not None and late.name == theirs[0] else None
+        what_of = what.format(late.name)
+        yield Row("structure", what_of, late.share, n=len(circuit), published=paper)
+
+
 RUN: Mapping[str, Callable[[Study], Sequence[Row]]] = {
-    "jbb": jbb,
-    "sweep": sweep,
-    "caa": caa,
-    "mmlu": mmlu,
-    "strongreject": strongreject,
-    "structure": structure,
+    part.__name__: part for part in (jbb, sweep, caa, mmlu, strongreject, structure)
 }
 
 
@@ -194,9 +171,8 @@ def _vector_arms(study: Study, form: Literal["mlp", "residual"]) -> list[Arm]:
     """Both signs of the small contrast's mean differences: at every layer and position, as the
     reference has it, or at one layer after the prompt, as CAA was published."""
     name = f"caa-{form}"
-    layers = [int(study.num_layers * CAA_LAYER)] if form == "residual" else None
-    contrast = study.settings.positive, study.settings.negative
-    study.vectors(name, *contrast, form=form, layers=layers)
+    middle = int(engine_of(study.llm).num_layers * CAA_LAYER)
+    study.vectors(name, form=form, layers=[middle] if form == "residual" else None)
     scope = SCOPE if form == "mlp" else "generated"
     return [Arm(f"{name} {sign:+g}", vectors=((name, sign),), scope=scope) for sign in CAA_SIGNS]
 

@@ -64,9 +64,7 @@ def published(model: str) -> Published | None:
 
 def compliance_gain(model: Published | None) -> float | None:
     """Of the family of a published model."""
-    if model is None:
-        return None
-    return next(gain for family, gain in COMPLIANCE_GAIN.items() if model.model.startswith(family))
+    return None if model is None else COMPLIANCE_GAIN[re.split(r"[-\d]", model.model)[0]]
 
 
 def _normal(name: str) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cna_vllm.evaluation.wording import align
+
 
 @dataclass(frozen=True)
 class Row:
@@ -57,15 +59,7 @@ _HEADS = ("part", "what", "measured", "95% interval", "n", "paper", "delta")
 
 def table(rows: Iterable[Row]) -> str:
     """The rows in columns of text; rates and shares with three decimals."""
-    cells = [_HEADS, *(_cells(row) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    )
+    return align([_HEADS, *map(_cells, rows)], left=2)
 
 
 def notes(rows: Iterable[Row]) -> list[str]:

@@ -18,7 +18,7 @@ from cna_vllm.evaluation.paper.parts import RUN
 from cna_vllm.evaluation.paper.rows import Row, notes, table
 from cna_vllm.evaluation.paper.settings import PARTS, TOP, EvalError, Settings
 from cna_vllm.evaluation.paper.study import BASE_FILE, Study
-from cna_vllm.files import write_atomic
+from cna_vllm.evaluation.result import write_json
 from cna_vllm.serving.seams.offline import engine_of
 from cna_vllm.steering.circuit import Circuit
 from cna_vllm.steering.vectors import VectorError, check_residual
@@ -86,7 +86,7 @@ def evaluate(study: Study, *, say: Callable[[str], None]) -> str:
             "sampling": dict(study.sampling),
             "rows": [row.to_dict() for name in PARTS for row in rows.get(name, ())],
         }
-        write_atomic(path, [json.dumps(result, indent=1) + "\n"])
+        write_json(path, result)
     shown = [row for part in settings.parts for row in rows[part]]
     return "\n".join([table(shown), *notes(shown)])
 

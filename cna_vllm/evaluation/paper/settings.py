@@ -82,7 +82,13 @@ class Settings:
             raise EvalError(f"--parts: name at least one of {', '.join(PARTS)}")
         if self.preset not in PRESETS:
             raise EvalError(f"--preset {self.preset}: is none of {', '.join(PRESETS)}")
-        self._check_multipliers()
+        if not all(m == m and abs(m) < float("inf") for m in self.multipliers):
+            raise EvalError("--multipliers: must be finite numbers")
+        # Arms and files are named by six digits.
+        if len({f"{m:g}" for m in self.multipliers}) < len(self.multipliers):
+            raise EvalError("--multipliers: two of them are equal in their first six digits")
+        if 1.0 not in self.multipliers or len(self.multipliers) < 2:
+            raise EvalError("--multipliers: name 1, the plain model, and at least one other")
         if "strongreject" in self.parts and not (self.forbidden and self.judge):
             raise EvalError(
                 "--parts strongreject: needs --strongreject FILE and --judge url=...,model=..."
@@ -92,15 +98,6 @@ class Settings:
                 "--contrast: holds all harmful prompts; none is left to be answered, so name some "
                 "with --sweep-prompts"
             )
-
-    def _check_multipliers(self) -> None:
-        if not all(m == m and abs(m) < float("inf") for m in self.multipliers):
-            raise EvalError("--multipliers: must be finite numbers")
-        # Arms and files are named by six digits.
-        if len({f"{m:g}" for m in self.multipliers}) < len(self.multipliers):
-            raise EvalError("--multipliers: two of them are equal in their first six digits")
-        if 1.0 not in self.multipliers or len(self.multipliers) < 2:
-            raise EvalError("--multipliers: name 1, the plain model, and at least one other")
 
     @property
     def sweep_prompts(self) -> tuple[Prompt, ...]:
@@ -124,12 +121,9 @@ class Settings:
             **{name: getattr(self, name) for name in plain},
             **{name: prompts_digest(getattr(self, name)) for name in prompts},
             "multipliers": list(self.multipliers),
-            "keywords": self.keywords and _file_digest(self.keywords),
+            "keywords": self.keywords
+            and hashlib.sha256(Path(self.keywords).read_bytes()).hexdigest(),
             "mmlu": [self.mmlu_task, self.mmlu_limit, self.mmlu_fewshot] if mmlu else None,
             "strongreject": [self.judge, prompts_digest(self.forbidden)] if judged else None,
             "base_model": self.base_model if base else None,
         }
-
-
-def _file_digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -15,13 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 from cna_vllm.evaluation.ab import load_metrics, plan_rows, rescore, run_ab
 from cna_vllm.evaluation.answers import PromptSet, collect, read_rows
-from cna_vllm.evaluation.folder import ANSWERS, REPORT, RESULT, answered, batch_identity
 from cna_vllm.evaluation.outcomes import Analysis
 from cna_vllm.evaluation.paper.rows import Row
 from cna_vllm.evaluation.paper.settings import ONE_PART, EvalError, Settings
 from cna_vllm.evaluation.report import write_report
-from cna_vllm.evaluation.result import Result, load
-from cna_vllm.files import write_atomic
+from cna_vllm.evaluation.result import (
+    ANSWERS,
+    REPORT,
+    RESULT,
+    Result,
+    answered,
+    batch_identity,
+    load,
+    write_json,
+)
+from cna_vllm.serving.seams.front_end import admission_of
 from cna_vllm.serving.seams.offline import engine_of
 from cna_vllm.steering.arms import Arm
 from cna_vllm.steering.circuit import Circuit
@@ -69,27 +77,18 @@ class Figures:
         return Row(self.part, what, None, n=0, published=published, bound=bound)
 
 
+@dataclass(frozen=True)
 class Study:
-    """Settings, an engine with `record` and room for circuits and vectors, and a folder."""
+    """Settings, an engine with `record` and room for circuits and vectors, and a folder.
 
-    def __init__(
-        self,
-        llm: LLM,
-        settings: Settings,
-        folder: Path,
-        engine: Mapping[str, Any],
-        task: Task | None,
-    ) -> None:
-        """engine: what of it decides the answers. task: of mmlu, where that is a part."""
-        self.llm, self.settings, self.folder, self.engine = llm, settings, folder, engine
-        self._task = task
+    engine: what of it decides the answers. task: of mmlu, where that is a part.
+    """
 
-    @property
-    def task(self) -> Task:
-        """Of mmlu."""
-        if self._task is None:
-            raise EvalError("--parts mmlu: needs a task")
-        return self._task
+    llm: LLM
+    settings: Settings
+    folder: Path
+    engine: Mapping[str, Any]
+    task: Task | None
 
     @property
     def refusal(self) -> list[str]:
@@ -100,61 +99,54 @@ class Study:
     def circuit(
         self,
         name: str,
-        positive: Sequence[Prompt],
-        negative: Sequence[Prompt],
+        positive: Sequence[Prompt] = (),
+        negative: Sequence[Prompt] = (),
         *,
         top_k: int | None = None,
     ) -> Circuit:
-        """The circuit of a contrast, found once, kept as `NAME.json`, resident as `name`."""
+        """The circuit of a contrast (default: the small one), found once, kept as `NAME.json`,
+        resident as `name`."""
         from cna_vllm.discovery import discover
-        from cna_vllm.serving.control import list_circuits, load_circuit
+        from cna_vllm.serving.control import load_circuit
 
+        positive, negative = positive or self.settings.positive, negative or self.settings.negative
+        preset: Any = self.settings.preset
         path = self.folder / f"{name}.json"
-        if path.exists():
-            circuit = Circuit.load(path)
-        else:
-            preset: Any = self.settings.preset
-            circuit = discover(self.llm, positive, negative, preset=preset, top_k=top_k)
-            circuit.save(path)
-        resident = list_circuits(self.llm).get(name)
-        if resident is None or resident.digest != circuit.digest:
+        if not path.exists():
+            discover(self.llm, positive, negative, preset=preset, top_k=top_k).save(path)
+        circuit = Circuit.load(path)
+        if not self._resident(name, circuit.digest):
             load_circuit(self.llm, name, circuit)
         return circuit
 
-    def vectors(
-        self,
-        name: str,
-        positive: Sequence[Prompt],
-        negative: Sequence[Prompt],
-        *,
-        form: Form,
-        layers: Sequence[int] | None = None,
-    ) -> VectorSet:
-        """The mean differences of a contrast, kept as `NAME.safetensors`, resident as `name`."""
+    def vectors(self, name: str, *, form: Form, layers: Sequence[int] | None = None) -> None:
+        """The mean differences of the small contrast, kept as `NAME.safetensors`, resident as
+        `name`."""
         from cna_vllm.baselines import discover_vectors
-        from cna_vllm.serving.control import list_vectors, load_vectors
+        from cna_vllm.serving.control import load_vectors
 
+        contrast = self.settings.positive, self.settings.negative
         path = self.folder / f"{name}.safetensors"
-        if path.exists():
-            found = VectorSet.load(path)
-        else:
-            found = discover_vectors(self.llm, positive, negative, form=form, layers=layers)
-            found.save(path)
-        resident = list_vectors(self.llm).get(name)
-        if resident is None or resident.digest != found.digest:
+        if not path.exists():
+            discover_vectors(self.llm, *contrast, form=form, layers=layers).save(path)
+        found = VectorSet.load(path)
+        if not self._resident(name, found.digest):
             load_vectors(self.llm, name, found)
-        return found
+
+    def _contents(self) -> Mapping[str, Circuit | VectorSet]:
+        return admission_of(self.llm).registry.names().contents
+
+    def _resident(self, name: str, digest: str) -> bool:
+        resident = self._contents().get(name)
+        return resident is not None and resident.digest == digest
 
     @property
     def sampling(self) -> dict[str, Any]:
         """Greedy, as the reference; of the model's generation config, its repetition penalty,
         which changes greedy answers too and which the reference applies as well."""
         penalty = self.llm.get_default_sampling_params().repetition_penalty
-        return {
-            "temperature": 0.0,
-            "max_tokens": self.settings.max_tokens,
-            "repetition_penalty": penalty,
-        }
+        longest = self.settings.max_tokens
+        return {"temperature": 0.0, "max_tokens": longest, "repetition_penalty": penalty}
 
     def answers(
         self,
@@ -193,20 +185,9 @@ class Study:
 
     def _steering(self, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
         """What the arms' names stand for, so that answers to other content are not reused."""
-        from cna_vllm.serving.control import list_circuits
-
-        known: dict[str, Any] = dict(list_circuits(self.llm))
+        contents = self._contents()
         named = {name for arm in arms for name, _ in (*arm.circuits, *arm.vectors)}
-        if named - {*known}:
-            from cna_vllm.serving.control import list_vectors
-
-            known |= list_vectors(self.llm)
-        return {name: {"digest": known[name].digest} for name in sorted(named)}
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers of the model."""
-        return engine_of(self.llm).num_layers
+        return {name: {"digest": contents[name].digest} for name in sorted(named)}
 
     def base_circuit(self) -> Circuit | None:
         """The base model's, where it was found before this engine started."""
@@ -220,7 +201,7 @@ class Study:
             return json.loads(path.read_text("utf-8"))
         value = make()
         path.parent.mkdir(exist_ok=True)
-        write_atomic(path, [json.dumps(value, indent=1) + "\n"])
+        write_json(path, value)
         return value
 
 
@@ -253,4 +234,4 @@ def claim(folder: Path, settings: Settings, engine: Mapping[str, Any]) -> None:
             )
     elif any(folder.iterdir()):
         raise EvalError(f"--out {folder}: is not empty and no evaluation; name a new folder")
-    write_atomic(path, [json.dumps(mine, indent=1) + "\n"])
+    write_json(path, mine)

@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cna_vllm.evaluation.outcomes import Estimate, Outcome
 from cna_vllm.evaluation.result import Result
-from cna_vllm.evaluation.wording import Form, tick
+from cna_vllm.evaluation.wording import Form
 
 MARKERS = ("circle", "square", "triangle", "diamond")
 COLOURS = 6
@@ -47,8 +46,12 @@ class Scale:
         return cls(ticks[0], ticks[-1], ticks)
 
     def share(self, value: float) -> float:
-        """From 0 at the low end to 1 at the high end."""
-        return (value - self.low) / (self.high - self.low)
+        """From 0 at the low end to 1 at the high end; in the middle of a point."""
+        return (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
+
+    def across(self, value: float) -> float:
+        """Percent of the chart's width."""
+        return round(_INSET + (100 - 2 * _INSET) * self.share(value), 2)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,6 @@ class Tick:
 class ForestRow:
     """One arm's difference from the control: percentages across, None where there is none."""
 
-    arm: str
     at: float | None
     low: float | None
     high: float | None
@@ -70,34 +72,28 @@ class ForestRow:
 
 @dataclass(frozen=True)
 class Forest:
+    """rows: by arm."""
+
     ticks: tuple[Tick, ...]
-    rows: tuple[ForestRow, ...]
+    rows: Mapping[str, ForestRow]
 
     @classmethod
     def of(cls, outcome: Outcome, form: Form) -> Forest:
         """The differences of one outcome on one scale, 0 always on it."""
-        compared = [(d.arm, d.comparison) for d in outcome.differences]
-        values = [0.0]
-        for _, c in compared:
-            values += [c.difference] if c.difference is not None else []
-            values += c.ci_difference or ()
-        scale = Scale.around(values)
-
-        def across(value: float | None) -> float | None:
-            if value is None:
-                return None
-            return round(_INSET + (100 - 2 * _INSET) * scale.share(value), 2)
-
+        compared = {d.arm: d.comparison for d in outcome.differences}
+        ends = {arm: c.ci_difference or (None, None) for arm, c in compared.items()}
+        marks = {arm: (c.difference, *ends[arm]) for arm, c in compared.items()}
+        drawn = [value for mark in marks.values() for value in mark if value is not None]
+        scale = Scale.around([0.0, *drawn])
         return cls(
-            ticks=tuple(Tick(across(t) or 0.0, _signed(t, form), t == 0) for t in scale.ticks),
-            rows=tuple(
-                ForestRow(
-                    arm,
-                    across(c.difference),
-                    *(map(across, c.ci_difference) if c.ci_difference else (None, None)),
-                )
-                for arm, c in compared
+            ticks=tuple(
+                Tick(scale.across(t), ("+" if t > 0 else "") + form.tick(t), t == 0)
+                for t in scale.ticks
             ),
+            rows={
+                arm: ForestRow(*(None if v is None else scale.across(v) for v in mark))
+                for arm, mark in marks.items()
+            },
         )
 
 
@@ -134,45 +130,31 @@ class Doses:
     control: float | None
 
 
-@dataclass(frozen=True)
-class _Dose:
-    series: str
-    axis: str
-    neutral: float
-    value: float
-
-
-def dose_of(arm: Mapping[str, Any]) -> _Dose | None:
-    """The place of a steered arm in a series of doses; None where it has several parts or none."""
-    for kind, number, axis, neutral in (
-        ("circuit", "multiplier", "multiplier m", 1.0),
-        ("vector", "coefficient", "coefficient", 0.0),
-    ):
-        others = {"circuit", "vector"} - {kind}
-        if isinstance(arm.get(kind), str) and not any(arm.get(other) for other in others):
-            label = f"{arm[kind]}, scope {arm['scope']}"
-            return _Dose(label, axis, neutral, float(arm[number]))
-    return None
+# Of a kind: the other one, the field and the name of its dose, and the dose that changes nothing.
+_DOSES = {
+    "circuit": ("vector", "multiplier", "multiplier m", 1.0),
+    "vector": ("circuit", "coefficient", "coefficient", 0.0),
+}
 
 
 def doses(outcome: Outcome, result: Result, form: Form) -> list[Doses]:
-    """A chart for each kind of dose of which a series has two steered ones; plain joins each."""
+    """A chart for each kind of dose of which a series has two steered ones; plain joins each.
+
+    Arms with several parts are in no series.
+    """
     estimates = {estimate.arm: estimate for estimate in outcome.estimates}
-    plain = next(
-        (a["arm"] for a in result.test.arms if not a.get("circuit") and not a.get("vector")), None
-    )
-    found: dict[str, dict[str, list[tuple[float, Estimate]]]] = {}
-    neutral: dict[str, float] = {}
-    for arm in result.test.arms:
-        if (dose := dose_of(arm)) is not None:
-            neutral[dose.axis] = dose.neutral
-            series = found.setdefault(dose.axis, {}).setdefault(dose.series, [])
-            series.append((dose.value, estimates[arm["arm"]]))
+    arms = result.test.arms
+    plain = next((a["arm"] for a in arms if not a.get("circuit") and not a.get("vector")), None)
     charts = []
-    for axis, by_series in found.items():
+    for kind, (other, number, axis, neutral) in _DOSES.items():
+        found: dict[str, list[tuple[float, Estimate]]] = {}
+        for arm in arms:
+            if isinstance(arm.get(kind), str) and not arm.get(other):
+                series = found.setdefault(f"{arm[kind]}, scope {arm['scope']}", [])
+                series.append((float(arm[number]), estimates[arm["arm"]]))
         kept = {
-            label: points + ([(neutral[axis], estimates[plain])] if plain is not None else [])
-            for label, points in by_series.items()
+            label: points + ([(neutral, estimates[plain])] if plain is not None else [])
+            for label, points in found.items()
             if len({dose for dose, _ in points}) > 1
         }
         if kept:
@@ -191,14 +173,10 @@ def _doses(
     heights = [control.value] if control.value is not None else []
     for _, estimate in drawn:
         heights += [estimate.value or 0.0, *(estimate.interval or ())]
-    left, right = across[0], across[-1]
+    horizontal = Scale(across[0], across[-1], ())
     vertical = Scale(0.0, 1.0, (0.0, 0.25, 0.5, 0.75, 1.0))
     if not form.percent:
         vertical = Scale.around(heights or [0.0, 1.0])
-
-    def x(dose: float) -> float:
-        share = (dose - left) / (right - left) if right > left else 0.5
-        return round(_INSET + (100 - 2 * _INSET) * share, 2)
 
     def y(value: float) -> float:
         return round(PLOT_MARGIN + (PLOT_HEIGHT - 2 * PLOT_MARGIN) * (1 - vertical.share(value)), 1)
@@ -208,7 +186,7 @@ def _doses(
         shift = _DODGE * (i - (len(by_series) - 1) / 2)
         marks = [
             Point(
-                x=x(dose),
+                x=horizontal.across(dose),
                 y=y(estimate.value),
                 low=y(estimate.interval[0]) if estimate.interval else None,
                 high=y(estimate.interval[1]) if estimate.interval else None,
@@ -220,21 +198,15 @@ def _doses(
         ]
         colour, shape = i % COLOURS, MARKERS[i % len(MARKERS)]
         series.append(Series(label, colour, shape, shift, tuple(marks)))
+    x_ticks = [Tick(horizontal.across(dose), f"{dose:g}", False) for dose in across]
+    unit = "%" if form.percent else ""
     return Doses(
         axis=axis,
-        x_ticks=tuple(_apart([Tick(x(dose), f"{dose:g}", False) for dose in across])),
-        y_ticks=tuple(Tick(y(t), _label(t, form), t == 0) for t in vertical.ticks),
+        x_ticks=tuple(_apart(x_ticks)),
+        y_ticks=tuple(Tick(y(t), form.tick(t) + unit, t == 0) for t in vertical.ticks),
         series=tuple(series),
         control=None if control.value is None else y(control.value),
     )
-
-
-def _label(value: float, form: Form) -> str:
-    return tick(value, percent=form.percent) + ("%" if form.percent else "")
-
-
-def _signed(value: float, form: Form) -> str:
-    return ("+" if value > 0 else "") + tick(value, percent=form.percent)
 
 
 def _apart(ticks: Sequence[Tick]) -> list[Tick]:
