@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cna_vllm.checkpoints.models import neurons_per_layer
 from cna_vllm.discovery import select_neurons
 from cna_vllm.serving.config import CnaConfigError
 from cna_vllm.serving.worker.gated_mlp import UnsupportedModelError
@@ -97,9 +98,10 @@ def serve(architecture: str, folder: Path) -> tuple[Subject, Any, Any, Any, Any,
     """One engine with two circuits: generates every arm of every prompt in a batch, records."""
     oracle = AnyHookedModel(folder / "model")
     downs = oracle.down_projections()
-    widths = {width_of(down) for down in downs.values()}
-    width = max(widths, default=tiny_models.WIDTH)
-    layers = oracle.model.config.get_text_config().num_hidden_layers
+    text = oracle.model.config.get_text_config()
+    layers = text.num_hidden_layers
+    # What the product reads from a configuration is what a circuit file must say.
+    width = neurons_per_layer(text) or max(map(width_of, downs.values()), default=tiny_models.WIDTH)
     circuits, files = {}, {}
     for seed, name in enumerate(("one", "two"), start=1):
         channels = tiny_models.channels(layers, width, width // 5, seed)

@@ -90,7 +90,47 @@ SMALL: Mapping[str, Any] = {
     "laurel_rank": 8,
 }
 
-CHANGES: Mapping[str, Mapping[str, Any]] = {}
+# Attention over low ranks has a key head for each query head; its rotary part is its "head".
+_LATENT: Mapping[str, Any] = {"num_key_value_heads": 2, "head_dim": 16}
+_TIED: Mapping[str, Any] = {"tie_word_embeddings": True}
+
+CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "AXK1ForCausalLM": _LATENT,
+    "CohereForCausalLM": _TIED,
+    "Cohere2ForCausalLM": _TIED,
+    "DeepseekV2ForCausalLM": _LATENT,
+    "DeepseekV3ForCausalLM": _LATENT,
+    "DeepseekV32ForCausalLM": _LATENT,
+    "DbrxForCausalLM": {
+        "d_model": HIDDEN,
+        "n_heads": 2,
+        "n_layers": LAYERS,
+        "max_seq_len": 512,
+        "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": WIDTH, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "FalconForCausalLM": {"head_dim": None},
+    "Gemma3nForCausalLM": {
+        "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+        "num_kv_shared_layers": 0,
+    },
+    "Gemma4ForCausalLM": {
+        "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+        "head_dim": 32,
+        "global_head_dim": 32,
+    },
+    "Glm4MoeLiteForCausalLM": _LATENT,
+    "GlmMoeDsaForCausalLM": _LATENT,
+    "GPTJForCausalLM": {"rotary_dim": 16},
+    "GraniteMoeHybridForCausalLM": {"layer_types": ["mamba", "attention"] * (LAYERS // 2)},
+    "HrmTextForCausalLM": {"num_layers_per_stack": LAYERS // 2},
+    "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "KimiLinearForCausalLM": _LATENT,
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
+    "LongcatFlashForCausalLM": {**_LATENT, "num_layers": LAYERS},
+    "Mamba2ForCausalLM": {"num_heads": 4, "head_dim": 32, "n_groups": 1},
+    "MiniCPM3ForCausalLM": _LATENT,
+}
 
 ALIASES: Mapping[str, str] = {
     "LLaMAForCausalLM": "LlamaForCausalLM",
@@ -135,9 +175,10 @@ def build(architecture: str, folder: Path) -> Path:
         raise NotBuildable("transformers has no model of this name")
     try:
         default = kind()
-        sizes = {k: v for k, v in SMALL.items() if hasattr(default, k)}
+        sizes = {k: v for k, v in SMALL.items() if _has(default, k)}
         torch.manual_seed(0)
-        config = kind(**{**sizes, **CHANGES.get(source, {})})
+        sizes |= CHANGES.get(source, {})
+        config = kind(**{k: v for k, v in sizes.items() if v is not None})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms and biases, which start as all ones or all zeros
@@ -149,6 +190,10 @@ def build(architecture: str, folder: Path) -> Path:
     saved = json.loads(file.read_text())
     file.write_text(json.dumps({**saved, "architectures": [architecture]}))
     return folder
+
+
+def _has(config: Any, name: str) -> bool:
+    return name in config.to_dict() or name in config.attribute_map
 
 
 def one_line(error: BaseException) -> str:
@@ -173,6 +218,10 @@ def _config_class(architecture: str) -> type | None:
 class AnyHookedModel(HookedModel):
     """``HookedModel`` of an architecture that is not known beforehand."""
 
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self.model.config.use_cache = False  # some need to know of which kind their first layer is
+
     def down_projections(self) -> dict[int, nn.Module]:
         text = self.model.config.get_text_config()
         stacks = [
@@ -181,11 +230,9 @@ class AnyHookedModel(HookedModel):
             if isinstance(module, nn.ModuleList) and len(module) == text.num_hidden_layers
         ]
         found = {}
-        for index, layer in enumerate(stacks[0]):
+        for index, layer in enumerate(stacks[0] if stacks else ()):
             downs = [m for name, m in layer.named_modules() if _is_down_projection(name)]
-            if len(downs) > 1:
-                raise NotBuildable(f"transformers: layer {index} has {len(downs)} MLPs")
-            if downs:
+            if len(downs) == 1:
                 found[index] = downs[0]
         return found
 

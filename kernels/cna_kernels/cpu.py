@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CPU path of ``act_and_mul_scaled``: eager activation, then sparse steering in place.
+"""CPU path of ``act_and_mul_scaled`` and ``scale_rows``: sparse steering in place.
 
 Routing is resolved in numpy views of the operands, whose small calls cost a third of torch's.
 Only (row, channel) pairs inside a circuit are touched; a batch that decodes resolves them once.
@@ -39,14 +39,32 @@ def act_and_mul_scaled_cpu(
     """
     gate, up = x.chunk(2, 1)
     out = eager_activation(activation)(gate).mul_(up)
-    routing = _LAST.get(x.shape[0], row_slot, slot_circuits, slot_multipliers)
+    _scale(out, row_slot, slot_circuits, slot_multipliers, masks)
+    return out
+
+
+def scale_rows_cpu(
+    a: Tensor, row_slot: Tensor, slot_circuits: Tensor, slot_multipliers: Tensor, masks: Tensor
+) -> None:
+    """See :func:`cna_kernels.scale_rows`, which dispatches here."""
+    rows = a.contiguous()
+    _scale(rows, row_slot, slot_circuits, slot_multipliers, masks)
+    if not a.is_contiguous():
+        a.copy_(rows)
+
+
+def _scale(
+    out: Tensor, row_slot: Tensor, slot_circuits: Tensor, slot_multipliers: Tensor, masks: Tensor
+) -> None:
+    """out[t, j] = f * out[t, j]; out is contiguous."""
+    routing = _LAST.get(out.shape[0], row_slot, slot_circuits, slot_multipliers)
     if not routing.rows.size:
-        return out
+        return
     size = out.shape[1]
     if routing.rows.size * size * slot_circuits.shape[1] > MAX_ELEMENTS:
         tables = slot_circuits.numpy(), slot_multipliers.numpy(), masks.numpy()
         _steer(out, routing.rows, routing.slots, *tables)
-        return out
+        return
     entries = routing.kept(masks, size)
     if entries is None:
         circuits = slot_circuits.numpy().take(routing.slots, 0)
@@ -55,7 +73,6 @@ def act_and_mul_scaled_cpu(
         entries = Entries.of(routing.rows.take(owner) * size + channel, factor)
         routing.keep(masks, size, entries)
     entries.apply(out)
-    return out
 
 
 def _steer(
