@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +19,40 @@ from cna_vllm.serving.worker.gated_mlp import UnsupportedModelError
 from tests import tiny_models
 from tests.engine_job import _Steps
 from tests.integration.conftest import PLAIN, Subject
-from tests.models_table import ABSENT, DISCOVERED, EXACT, FAILED, REFUSED, Row, result_of
+from tests.models_table import ABSENT, DISCOVERED, EXACT, FAILED, REFUSED, Row
+from tests.oracles import Arm
 from tests.models_zoo import AnyHookedModel, NotBuildable, build, one_line, width_of
 
 REFUSALS = (UnsupportedModelError, CnaConfigError)
+ARMS: Sequence[tuple[tuple[tuple[str, float], ...], str]] = (
+    ((), "last"),
+    ((("one", 0.0),), "last"),
+    ((("one", 2.0),), "all"),
+    ((("one", -1.0),), "generated"),
+    ((("one", 0.5), ("two", -1.0)), "all"),
+)
 GROUPS = {"a": tiny_models.prompts(3, 11, 40), "b": tiny_models.prompts(4, 12, 40)}
 PROMPTS = tiny_models.prompts(3, longest=40)
 
 
 def run(function: str, architecture: str, folder: str) -> None:
-    """Writes the row to ``result.json`` in ``folder``."""
-    make = {"steered_row": steered_row, "plain_row": plain_row}[function]
+    """Writes a row, or what ``compare`` needs to make one, to ``result.json`` in ``folder``."""
+    made: Row | dict[str, Any]
     try:
-        row = make(architecture, Path(folder))
+        made = {"serve": serve, "compare": compare, "plain": plain}[function](
+            architecture, Path(folder)
+        )
     except NotBuildable as error:
-        row = Row(architecture, ABSENT, str(error))
+        made = Row(architecture, ABSENT, str(error))
     except Exception as error:
         why = refusal(error)
-        row = Row(architecture, REFUSED if why else FAILED, why or one_line(error))
+        made = Row(architecture, REFUSED if why else FAILED, why or one_line(error))
         if not why:
-            import traceback
-
             traceback.print_exc()
-    detail = row.detail.replace(f"{folder}/model", "the model").replace(folder, "the model")
-    (Path(folder) / "result.json").write_text(
-        result_of(Row(row.architecture, row.outcome, " ".join(detail.split())))
-    )
+    if isinstance(made, Row):
+        detail = made.detail.replace(f"{folder}/model", "the model").replace(folder, "a folder")
+        made = asdict(Row(made.architecture, made.outcome, " ".join(detail.split())))
+    (Path(folder) / "result.json").write_text(json.dumps(made))
 
 
 def refusal(error: BaseException) -> str:
@@ -55,7 +65,7 @@ def refusal(error: BaseException) -> str:
     return ""
 
 
-def plain_row(architecture: str, folder: Path) -> Row:
+def plain(architecture: str, folder: Path) -> Row:
     """Whether stock vLLM runs the checkpoint that a steered engine did not."""
     try:
         _engine(folder).generate([{"prompt": PROMPTS[0], "params": {"max_tokens": 2}}])
@@ -64,14 +74,35 @@ def plain_row(architecture: str, folder: Path) -> Row:
     return Row(architecture, FAILED, "stock vLLM runs it")
 
 
-def steered_row(architecture: str, folder: Path) -> Row:
+def serve(architecture: str, folder: Path) -> dict[str, Any]:
+    """One engine with two circuits: generates every arm of every prompt in a batch, records.
+
+    vLLM changes transformers' classes where it serves them, so another process compares.
+    """
     build(architecture, folder / "model")
-    subject, hooks, outputs, wanted, means, routed = serve(architecture, folder)
+    subject = make_subject(architecture, folder)
+    requests, _ = subject.requests(PROMPTS, arms(subject), max_tokens=8, ignore_eos=True)
+    steps = _engine(folder, {"cna": {"circuits": dict(subject.files), "record": True}})
+    outputs, means = steps.generate(requests), steps.record(GROUPS)
+    (status,) = steps.status()
+    return {
+        "outputs": outputs,
+        "means": means,
+        "hooks": steps.hooks(),
+        "routed": status["routed_experts"],
+    }
+
+
+def compare(architecture: str, folder: Path) -> Row:
+    """What the hooks say about what ``serve`` wrote."""
+    served = json.loads((folder / "result.json").read_text())
+    subject = make_subject(architecture, folder)
+    outputs, wanted = served["outputs"], [(p, arm) for p in PROMPTS for arm in arms(subject)]
     verdicts = subject.verdicts(wanted, outputs)
     bad = [arm for v, (_, arm) in zip(verdicts, wanted, strict=True) if not (v.equal or v.near_tie)]
-    same = discovers_the_same(subject, means)
-    where = ", ".join(dict.fromkeys(f"`{owner}` ({activation})" for owner, activation in hooks))
-    if routed:
+    same = discovers_the_same(subject, served["means"])
+    where = ", ".join(dict.fromkeys(f"`{owner}` ({kind})" for owner, kind in served["hooks"]))
+    if served["routed"]:
         where += "; its routed experts are neither steered nor recorded, which a warning says"
     if PLAIN in bad:
         why = "without steering, stock vLLM writes another text than transformers"
@@ -85,17 +116,8 @@ def steered_row(architecture: str, folder: Path) -> Row:
     return Row(architecture, EXACT, where)
 
 
-ARMS = (
-    (),
-    (("one", 0.0),),
-    (("one", 2.0), "all"),
-    (("one", -1.0), "generated"),
-    (("one", 0.5), ("two", -1.0), "all"),
-)
-
-
-def serve(architecture: str, folder: Path) -> tuple[Subject, Any, Any, Any, Any, Any]:
-    """One engine with two circuits: generates every arm of every prompt in a batch, records."""
+def make_subject(architecture: str, folder: Path) -> Subject:
+    """The oracle of a saved checkpoint, and two circuits of a fifth of its neurons."""
     oracle = AnyHookedModel(folder / "model")
     downs = oracle.down_projections()
     text = oracle.model.config.get_text_config()
@@ -110,18 +132,14 @@ def serve(architecture: str, folder: Path) -> tuple[Subject, Any, Any, Any, Any,
         made = tiny_models.circuit_object(circuits[name], layers, width, architecture)
         file.write_text(json.dumps(made))
         files[name] = str(file)
-    subject = Subject(str(folder / "model"), oracle, circuits, files, {})
-    arms = []
-    for pairs in ARMS:
-        named = [pair for pair in pairs if not isinstance(pair, str)]
-        scope = next((word for word in pairs if isinstance(word, str)), "last")
-        arms.append(subject.arm(*named, scope=scope) if named else PLAIN)
-    requests, wanted = subject.requests(PROMPTS, arms, max_tokens=8, ignore_eos=True)
-    steps = _engine(folder, {"cna": {"circuits": files, "record": True}})
-    outputs = steps.generate(requests)
-    means = steps.record(GROUPS)
-    (status,) = steps.status()
-    return subject, steps.hooks(), outputs, wanted, means, status["routed_experts"]
+    return Subject(str(folder / "model"), oracle, circuits, files, {})
+
+
+def arms(subject: Subject) -> list[Arm]:
+    """In the order of ARMS."""
+    return [
+        subject.arm(*pairs, scope=scope) if pairs else PLAIN for pairs, scope in ARMS
+    ]
 
 
 def _engine(folder: Path, additional: Mapping[str, Any] | None = None) -> _Steps:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +57,21 @@ class Row:
 def examine(architecture: str) -> Row:
     """Builds and serves a tiny checkpoint in forks of a process that has all imported."""
     with tempfile.TemporaryDirectory() as folder:
-        row = _fork("steered_row", architecture, folder)
-        if row.outcome == FAILED:
-            plain = _fork("plain_row", architecture, folder)
-            if plain.outcome == ABSENT:
-                return plain
+        row = _fork("serve", architecture, folder)
+        if row is None:
+            row = _fork("compare", architecture, folder)
+        elif row.outcome == FAILED:
+            plain = _fork("plain", architecture, folder)
+            row = plain if plain is not None and plain.outcome == ABSENT else row
+        assert row is not None, "comparing makes a row"
         return row
 
 
-def _fork(function: str, architecture: str, folder: str) -> Row:
+def _fork(function: str, architecture: str, folder: str) -> Row | None:
+    """None where the result is not a row yet."""
     result = Path(folder) / "result.json"
-    result.unlink(missing_ok=True)
+    if function == "plain":
+        result.unlink(missing_ok=True)
     try:
         ended = forks(False).run(
             "tests.models_row:run",
@@ -77,10 +81,11 @@ def _fork(function: str, architecture: str, folder: str) -> Row:
         )
     except TimeoutError:
         return Row(architecture, FAILED, f"{function}: no end after {TIMEOUT} s")
-    if not result.exists():
+    if ended.status != 0 or not result.exists():
         last = (ended.output.strip().splitlines() or ["no output"])[-1]
         return Row(architecture, FAILED, f"{function}: ended with {ended.status}: {last[:200]}")
-    return Row(**json.loads(result.read_text()))
+    made = json.loads(result.read_text())
+    return Row(**made) if "outcome" in made else None
 
 
 def read(path: Path = TABLE) -> dict[str, Row]:
@@ -116,10 +121,6 @@ def _page(rows: Sequence[Row]) -> Iterator[str]:
     yield "|---|---|---|"
     yield from (row.line() for row in rows)
     yield ""
-
-
-def result_of(row: Row) -> str:
-    return json.dumps(asdict(row))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

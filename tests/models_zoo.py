@@ -197,9 +197,8 @@ def _has(config: Any, name: str) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of a message, with its type."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0].strip()}"[:240]
+    """A message as one line, with its type."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 def _config_class(architecture: str) -> type | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,13 @@ from cna_vllm.serving.worker.gated_mlp import (
     UnsupportedModelError,
     find_gated_mlps,
 )
+
+PLAIN_ACTIVATIONS = (
+    "torch.nn.modules.activation",
+    "transformers.activations",
+    "vllm.model_executor.layers.activation",
+)
+"""Where the modules are that activations without a gate are of."""
 
 
 def served_model(model_config: Any) -> ServedModel:
@@ -63,6 +71,14 @@ def gated_mlps(model: nn.Module, served: ServedModel) -> list[GatedMlp]:
         name = type(module).__name__
         return activation(module) is None and ("AndMul" in name or "FatRelu" in name)
 
+    def plain_activation(module: nn.Module) -> str | None:
+        kind = type(module)
+        known = kind.__module__ in PLAIN_ACTIVATIONS and "AndMul" not in kind.__name__
+        return kind.__name__ if known and re.search("elu|silu", kind.__name__.lower()) else None
+
+    def down_projection(module: nn.Module) -> bool:
+        return isinstance(module, RowParallelLinear) and module.input_is_parallel
+
     def without_adapter(module: nn.Module) -> nn.Module:
         layer: Any = module
         return layer.base_layer if isinstance(module, BaseLayerWithLoRA) else module
@@ -92,10 +108,11 @@ def gated_mlps(model: nn.Module, served: ServedModel) -> list[GatedMlp]:
         LayerVocabulary(
             activation=activation,
             unknown_activation=unknown_activation,
-            down_projection=lambda module: isinstance(module, RowParallelLinear),
+            down_projection=down_projection,
             without_adapter=without_adapter,
             routed_experts=lambda module: isinstance(module, MoERunnerInterface),
             fuses_quantization=fuses_quantization,
+            plain_activation=plain_activation,
         ),
     )
     for mlp in found:
