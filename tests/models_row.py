@@ -20,8 +20,8 @@ from tests import tiny_models
 from tests.engine_job import _Steps
 from tests.integration.conftest import PLAIN, Subject
 from tests.models_table import ABSENT, DISCOVERED, EXACT, FAILED, REFUSED, Row
-from tests.oracles import Arm
 from tests.models_zoo import AnyHookedModel, NotBuildable, build, one_line, width_of
+from tests.oracles import Arm
 
 REFUSALS = (UnsupportedModelError, CnaConfigError)
 ARMS: Sequence[tuple[tuple[tuple[str, float], ...], str]] = (

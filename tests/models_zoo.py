@@ -31,6 +31,7 @@ SMALL: Mapping[str, Any] = {
     "head_dim": 32,
     "max_position_embeddings": 512,
     "initializer_range": 0.25,
+    "init_std": 0.25,
     "tie_word_embeddings": False,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -92,15 +93,22 @@ SMALL: Mapping[str, Any] = {
 
 # Attention over low ranks has a key head for each query head; its rotary part is its "head".
 _LATENT: Mapping[str, Any] = {"num_key_value_heads": 2, "head_dim": 16}
+# The sizes that attention over low ranks has kernels for on a CPU.
+_MLA: Mapping[str, Any] = {
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "head_dim": 64,
+}
 _TIED: Mapping[str, Any] = {"tie_word_embeddings": True}
 
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "AXK1ForCausalLM": _LATENT,
+    "AfmoeForCausalLM": {"score_func": "sigmoid"},
+    "BloomForCausalLM": _TIED,
     "CohereForCausalLM": _TIED,
     "Cohere2ForCausalLM": _TIED,
-    "DeepseekV2ForCausalLM": _LATENT,
-    "DeepseekV3ForCausalLM": _LATENT,
-    "DeepseekV32ForCausalLM": _LATENT,
+    "Cohere2MoeForCausalLM": {"num_shared_experts": 1, **_TIED},
     "DbrxForCausalLM": {
         "d_model": HIDDEN,
         "n_heads": 2,
@@ -109,27 +117,54 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
         "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": WIDTH, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "FalconForCausalLM": {"head_dim": None},
+    "DeepseekV2ForCausalLM": _MLA,
+    "DeepseekV3ForCausalLM": {**_MLA, "topk_method": "noaux_tc"},
+    "DeepseekV32ForCausalLM": _LATENT,
+    "FalconForCausalLM": {"head_dim": None, "ffn_hidden_size": 4 * HIDDEN, **_TIED},
+    "Gemma2ForCausalLM": _TIED,
+    "GemmaForCausalLM": _TIED,
+    "Gemma3ForCausalLM": _TIED,
     "Gemma3nForCausalLM": {
         "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
         "num_kv_shared_layers": 0,
+        **_TIED,
     },
     "Gemma4ForCausalLM": {
         "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
         "head_dim": 32,
         "global_head_dim": 32,
+        "enable_moe_block": False,
+        **_TIED,
     },
-    "Glm4MoeLiteForCausalLM": _LATENT,
+    "Glm4MoeForCausalLM": {"head_dim": 32},
+    "Glm4MoeLiteForCausalLM": {**_MLA, "first_k_dense_replace": 1},
     "GlmMoeDsaForCausalLM": _LATENT,
+    "GPT2LMHeadModel": _TIED,
+    "GPTBigCodeForCausalLM": _TIED,
     "GPTJForCausalLM": {"rotary_dim": 16},
     "GraniteMoeHybridForCausalLM": {"layer_types": ["mamba", "attention"] * (LAYERS // 2)},
     "HrmTextForCausalLM": {"num_layers_per_stack": LAYERS // 2},
+    "HYV3ForCausalLM": {"first_k_dense_replace": 1},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "KimiLinearForCausalLM": _LATENT,
+    "Lfm2ForCausalLM": {
+        "layer_types": ["conv", "full_attention"] * (LAYERS // 2),
+        "block_dim": HIDDEN,
+        "block_ff_dim": WIDTH,
+        "block_auto_adjust_ff_dim": False,
+        "conv_dim": HIDDEN,
+    },
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
+    "Llama4ForCausalLM": {"num_experts_per_tok": 1},
     "LongcatFlashForCausalLM": {**_LATENT, "num_layers": LAYERS},
     "Mamba2ForCausalLM": {"num_heads": 4, "head_dim": 32, "n_groups": 1},
     "MiniCPM3ForCausalLM": _LATENT,
+    "MiniMaxM2ForCausalLM": {"rotary_dim": 32},
+    "NemotronHForCausalLM": {
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]
+    },
+    "OPTForCausalLM": _TIED,
+    "Zamba2ForCausalLM": {"layers_block_type": ["mamba", "hybrid"] * (LAYERS // 2)},
 }
 
 ALIASES: Mapping[str, str] = {

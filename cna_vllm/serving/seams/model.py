@@ -77,7 +77,10 @@ def gated_mlps(model: nn.Module, served: ServedModel) -> list[GatedMlp]:
         return kind.__name__ if known and re.search("elu|silu", kind.__name__.lower()) else None
 
     def down_projection(module: nn.Module) -> bool:
-        return isinstance(module, RowParallelLinear) and module.input_is_parallel
+        # Where a linear splits its input itself, every rank has all neurons: told apart on one.
+        return isinstance(module, RowParallelLinear) and (
+            module.input_is_parallel or module.tp_size == 1
+        )
 
     def without_adapter(module: nn.Module) -> nn.Module:
         layer: Any = module

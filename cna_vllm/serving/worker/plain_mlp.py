@@ -81,7 +81,7 @@ def ablated_layer_matches(mlp: GatedMlp, hidden: torch.Tensor) -> bool:
     """``ablated_output_matches`` where a decoder layer owns the neurons itself.
 
     Its other parts with a row-parallel linear (attention) run only within a batch; here they add
-    nothing. Row 1, ablated, must leave the layer as it does when the down projection is given zeros.
+    nothing. Row 1, ablated, must leave the layer as it does when the down projection gets zeros.
     """
     module: Any = mlp.module
     parts = {
@@ -96,7 +96,9 @@ def ablated_layer_matches(mlp: GatedMlp, hidden: torch.Tensor) -> bool:
         steered = module(hidden.clone())
         with _pre_hook(getattr(module, mlp.steered_input), _zeros):
             expected = module(hidden.clone())
-    return bool(torch.equal(_tensor(steered)[1], _tensor(expected)[1]))
+    steered, expected = _tensor(steered), _tensor(expected)
+    # Row 0 is not steered: were it the same too, nobody would have asked for what was given.
+    return torch.equal(steered[1], expected[1]) and not torch.equal(steered[0], expected[0])
 
 
 def _has_linear_of(part: nn.Module, linear: nn.Module) -> bool:
