@@ -41,7 +41,8 @@ SMALL: Mapping[str, Any] = {
     "ffn_hidden_size": WIDTH,
     "n_inner": WIDTH,
     "word_embed_proj_dim": HIDDEN,
-    # Mixtures of experts; shared experts as wide as dense MLPs.
+    # Mixtures of experts; shared experts that are counted are of another width than dense layers,
+    # as in published models, and those that have a size of their own are of that size everywhere.
     "moe_intermediate_size": 32,
     "expert_ffn_hidden_size": 32,
     "shared_expert_intermediate_size": WIDTH,
@@ -55,9 +56,9 @@ SMALL: Mapping[str, Any] = {
     "num_experts_per_token": 2,
     "moe_k": 2,
     "moe_topk": 2,
-    "n_shared_experts": 3,
-    "num_shared_experts": 3,
-    "moe_num_shared_experts": 3,
+    "n_shared_experts": 2,
+    "num_shared_experts": 2,
+    "moe_num_shared_experts": 2,
     "n_group": 1,
     "topk_group": 1,
     "zero_expert_num": 2,
