@@ -105,7 +105,12 @@ _TIED: Mapping[str, Any] = {"tie_word_embeddings": True}
 
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "AXK1ForCausalLM": _LATENT,
-    "AfmoeForCausalLM": {"score_func": "sigmoid"},
+    "AfmoeForCausalLM": {
+        "score_func": "sigmoid",
+        "route_norm": True,
+        "n_group": 1,
+        "topk_group": 1,
+    },
     "BloomForCausalLM": _TIED,
     "CohereForCausalLM": _TIED,
     "Cohere2ForCausalLM": _TIED,
@@ -134,7 +139,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
         "head_dim": 32,
         "global_head_dim": 32,
-        "enable_moe_block": False,
+        "num_experts": None,
         **_TIED,
     },
     "Glm4MoeForCausalLM": {"head_dim": 32},
@@ -160,12 +165,22 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "LongcatFlashForCausalLM": {**_LATENT, "num_layers": LAYERS},
     "Mamba2ForCausalLM": {"num_heads": 4, "head_dim": 32, "n_groups": 1},
     "MiniCPM3ForCausalLM": _LATENT,
-    "MiniMaxM2ForCausalLM": {"rotary_dim": 32},
+    "MiniMaxM2ForCausalLM": {"rotary_dim": 32, "scoring_func": "sigmoid"},
     "NemotronHForCausalLM": {
         "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]
     },
     "OPTForCausalLM": _TIED,
     "Zamba2ForCausalLM": {"layers_block_type": ["mamba", "hybrid"] * (LAYERS // 2)},
+}
+
+# Tied and scaled by the root of the hidden size: without it, the last token would outweigh what all
+# layers add to it.
+EMBEDDING_SCALES: Mapping[str, float] = {
+    "GemmaForCausalLM": 0.1,
+    "Gemma2ForCausalLM": 0.1,
+    "Gemma3ForCausalLM": 0.1,
+    "Gemma3nForCausalLM": 0.1,
+    "Gemma4ForCausalLM": 0.1,
 }
 
 ALIASES: Mapping[str, str] = {
@@ -219,6 +234,7 @@ def build(architecture: str, folder: Path) -> Path:
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms and biases, which start as all ones or all zeros
                 parameter.data += 0.2 * torch.randn(parameter.shape)
+        model.get_input_embeddings().weight.data *= EMBEDDING_SCALES.get(source, 1.0)
         model.save_pretrained(folder)
     except Exception as error:  # whatever transformers cannot do is the result
         raise NotBuildable(f"transformers: {one_line(error)}") from error

@@ -107,7 +107,7 @@ def test_found_where_there_is_no_gated_one() -> None:
 
 
 def test_two_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="layer 3.*found 2 MLPs"):
+    with pytest.raises(UnsupportedModelError, match=r"layer 3.*found 2 MLPs"):
         find(make_layer(mlp=PlainMlp(), other=PlainMlp()))
 
 

@@ -71,11 +71,6 @@ def gated_mlps(model: nn.Module, served: ServedModel) -> list[GatedMlp]:
         name = type(module).__name__
         return activation(module) is None and ("AndMul" in name or "FatRelu" in name)
 
-    def plain_activation(module: nn.Module) -> str | None:
-        kind = type(module)
-        known = kind.__module__ in PLAIN_ACTIVATIONS and "AndMul" not in kind.__name__
-        return kind.__name__ if known and re.search("elu|silu", kind.__name__.lower()) else None
-
     def down_projection(module: nn.Module) -> bool:
         # Where a linear splits its input itself, every rank has all neurons: told apart on one.
         return isinstance(module, RowParallelLinear) and (
@@ -132,6 +127,13 @@ def gated_mlps(model: nn.Module, served: ServedModel) -> list[GatedMlp]:
             ", ".join(routed),
         )
     return found
+
+
+def plain_activation(module: nn.Module) -> str | None:
+    """Name of an activation that has no gate (GELU, ReLU, SiLU and their kin), or None."""
+    name = type(module).__name__
+    known = type(module).__module__ in PLAIN_ACTIVATIONS and "AndMul" not in name
+    return name if known and re.search("elu|silu", name.lower()) else None
 
 
 def refuse_unsupported(vllm_config: Any) -> None:
