@@ -250,7 +250,8 @@ def _has(config: Any, name: str) -> bool:
 
 def one_line(error: BaseException) -> str:
     """A message as one line, with its type."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    text, _, _ = " ".join(str(error).split()).partition(" [type=")
+    return f"{type(error).__name__}: {text}"[:200]
 
 
 def _config_class(architecture: str) -> type | None:

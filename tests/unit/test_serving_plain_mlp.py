@@ -19,6 +19,7 @@ from cna_vllm.serving.worker.gated_mlp import (
     ablated_output_matches,
     find_gated_mlps,
 )
+from cna_vllm.serving.worker.outputs import refuse_unfit
 from cna_vllm.serving.worker.plain_mlp import HOOK, Apart, SteeredInput, hook_input
 from tests.unit.test_serving_gated_mlp import (
     HIDDEN,
@@ -104,6 +105,12 @@ def test_found_where_there_is_no_gated_one() -> None:
     shared = PlainMlp()
     mixed = find(make_layer(experts=RoutedExperts(), shared=shared))
     assert (mixed.module, mixed.routed_experts) == (shared, ("model.layers.3.experts",))
+
+
+def test_a_layer_has_no_mlp_output_to_add_vectors_to() -> None:
+    refuse_unfit([find(make_layer(mlp=PlainMlp()))])
+    with pytest.raises(UnsupportedModelError, match=r"layer 3: model\.layers\.3 computes its MLP"):
+        refuse_unfit([find(OwnLayer())])
 
 
 def test_two_are_refused() -> None:

@@ -57,7 +57,7 @@ def gated_mlps(model: nn.Module, served: ServedModel) -> list[GatedMlp]:
     from vllm.lora.layers.base import BaseLayerWithLoRA
     from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
     from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
-    from vllm.model_executor.layers.linear import RowParallelLinear
+    from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
     from vllm.model_executor.models.utils import PPMissingLayer
 
     def activation(module: nn.Module) -> str | None:
@@ -72,9 +72,15 @@ def gated_mlps(model: nn.Module, served: ServedModel) -> list[GatedMlp]:
         return activation(module) is None and ("AndMul" in name or "FatRelu" in name)
 
     def down_projection(module: nn.Module) -> bool:
-        # Where a linear splits its input itself, every rank has all neurons: told apart on one.
-        return isinstance(module, RowParallelLinear) and (
-            module.input_is_parallel or module.tp_size == 1
+        # A linear that splits its input itself, or is replicated (Transformers models without a plan
+        # for ranks), is given all neurons on every rank, which only a single rank can record.
+        if isinstance(module, RowParallelLinear):
+            return module.input_is_parallel or module.tp_size == 1
+        return (
+            isinstance(module, ReplicatedLinear)
+            and module.tp_size == 1
+            and module.input_size == served.intermediate_size != module.output_size
+            and module.output_size == served.hidden_size
         )
 
     def without_adapter(module: nn.Module) -> nn.Module:

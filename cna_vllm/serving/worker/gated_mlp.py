@@ -129,7 +129,8 @@ def _gated_mlp(index: int, path: str, layer: nn.Module, vocabulary: LayerVocabul
         if len(activations) == 1 and len(downs) == 1:
             attribute, kind = activations[0]
             down: Any = layers[downs[0]]
-            width, total = int(down.input_size_per_partition), int(down.input_size)
+            total = int(down.input_size)
+            width = int(getattr(down, "input_size_per_partition", total))
             (found if gated else plain).append(
                 GatedMlp(
                     layer=index,
