@@ -72,8 +72,8 @@ def gated_mlps(model: nn.Module, served: ServedModel) -> list[GatedMlp]:
         return activation(module) is None and ("AndMul" in name or "FatRelu" in name)
 
     def down_projection(module: nn.Module) -> bool:
-        # A linear that splits its input itself, or is replicated (Transformers models without a plan
-        # for ranks), is given all neurons on every rank, which only a single rank can record.
+        # A linear that splits its input itself, or is replicated (a Transformers model without a
+        # plan for ranks), is given all neurons on every rank, which only a single rank can record.
         if isinstance(module, RowParallelLinear):
             return module.input_is_parallel or module.tp_size == 1
         return (
