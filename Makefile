@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Engines share a CPU well, but not the memory of one GPU.
 TEST_JOBS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
 
-.PHONY: help setup demo test style compat rooms bench bench-gpu
+.PHONY: help setup demo test style compat rooms models bench bench-gpu
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -40,6 +40,9 @@ test: setup ## style, and all tests, those with a real engine included, on both 
 
 rooms: setup ## the parts of the package, and what each imports
 	@$(BIN)/python -m tests.test_layering
+
+models: setup ## what steering does for every model of this vLLM: ONLY="A B" for some, FROM=A to go on
+	@$(BIN)/python -m tests.models_table $(if $(ONLY),--only $(ONLY)) $(if $(FROM),--from $(FROM))
 
 compat: setup ## what another vLLM would break, without an engine: make compat VLLM=0.34.0
 	@$(BIN)/python -m tests.compat $(VLLM)

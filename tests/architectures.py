@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny random checkpoint of every architecture that the page of models names as covered.
+"""A tiny random checkpoint of every architecture that the page of limits names as covered.
 
 Sizes are those of ``tests.tiny_models``; what makes an architecture different (soft caps, sliding
 windows, multipliers, layers without positions, tied embeddings) is set so that it matters.
@@ -51,7 +51,7 @@ WINDOW = 24
 
 @dataclass(frozen=True)
 class Architecture:
-    """One row of the table in cna_vllm/serving/models.md.
+    """One architecture that cna_vllm/serving/limits.md names.
 
     model_class: of Hugging Face, the name in a circuit file; vllm_mlp: the class of vLLM's, or
     in vLLM's Transformers backend of Hugging Face's, module that owns the neurons; activation:

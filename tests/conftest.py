@@ -36,6 +36,7 @@ ON_ONE_VERSION = (
     "tests/integration/test_architectures.py::test_steering_and_discovery[",
     "tests/integration/test_bake.py",
     "tests/integration/test_interrupt.py",
+    "tests/integration/test_models_table.py",
     "tests/integration/test_pages.py",
     "tests/integration/test_report_browser.py",
 )

@@ -89,9 +89,7 @@ def _interpreter(
         return {"status": process.wait(timeout), "out": _text(out), "err": _text(err)}
 
 
-def _fork(
-    engine: Any, job: Mapping[str, Any], kill: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def _fork(engine: Any, job: Mapping[str, Any], kill: Mapping[str, Any] | None) -> dict[str, Any]:
     from tqdm import tqdm
 
     from cna_vllm.cli import engine_args

@@ -58,13 +58,18 @@ class HookedModel:
             path, dtype=torch.float32, attn_implementation="eager"
         ).eval()
 
+    def down_projections(self) -> dict[int, torch.nn.Module]:
+        """Of each decoder layer that has one, the linear that its neurons are the input of."""
+        return {i: _down_proj(layer) for i, layer in enumerate(self.model.model.layers)}
+
     @contextmanager
     def steered(self, arm: Arm, prompt_len: int) -> Iterator[None]:
         first = arm.first_position(prompt_len)
         handles = []
-        for index, layer in enumerate(self.model.model.layers):
+        for index, down in self.down_projections().items():
             hook = _scaling_hook(arm, index, first)
-            handles.append(_down_proj(layer).register_forward_pre_hook(hook))
+            handles.append(down.register_forward_pre_hook(hook))
+        for index, layer in enumerate(self.model.model.layers if arm.vectors else ()):
             for vectors, coefficient in arm.vectors:
                 if index in vectors.by_layer:
                     added = coefficient * vectors.by_layer[index]
@@ -100,18 +105,18 @@ class HookedModel:
         """float32 [layers, intermediate_size] at the last token of ``prompt``."""
         seen: dict[int, torch.Tensor] = {}
         handles = []
-        for index, layer in enumerate(self.model.model.layers):
+        for index, down in self.down_projections().items():
 
             def keep(_module: object, args: tuple[torch.Tensor], index: int = index) -> None:
                 seen[index] = args[0].flatten(0, -2)[-1].clone()
 
-            handles.append(_down_proj(layer).register_forward_pre_hook(keep))
+            handles.append(down.register_forward_pre_hook(keep))
         try:
             self.model(torch.tensor([list(prompt)]))
         finally:
             for handle in handles:
                 handle.remove()
-        return torch.stack([seen[i] for i in range(len(seen))])
+        return torch.stack([seen[i] for i in sorted(seen)])
 
     @torch.inference_mode()
     def outputs(self, prompt: Sequence[int], form: str) -> torch.Tensor:

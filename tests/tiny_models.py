@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
-    GPTNeoXConfig,
     LlamaConfig,
+    MambaConfig,
     MixtralConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -123,15 +123,10 @@ def mixtral(folder: Path) -> Path:
     return _save(config, folder)
 
 
-def gpt_neox(folder: Path) -> Path:
-    """A random model whose MLPs have no gate."""
-    config = GPTNeoXConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
+def mamba(folder: Path) -> Path:
+    """A random model without MLPs."""
+    config = MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, state_size=16, time_step_rank=8
     )
     return _save(config, folder)
 

@@ -43,9 +43,8 @@ def table(rows: Sequence[Row]) -> str:
 
 def _head(row: Row) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-    return (
-        f"{row['device']}, {row['run'][:10]}, commit {str(row['commit'])[:12]}; {versions}."
-        + (f" Source: {row['source']}." if "source" in row else "")
+    return f"{row['device']}, {row['run'][:10]}, commit {str(row['commit'])[:12]}; {versions}." + (
+        f" Source: {row['source']}." if "source" in row else ""
     )
 
 

@@ -82,12 +82,23 @@ def default_model_path() -> Path:
 
 # A mixture of experts with a shared expert has its neurons there; its
 # ``intermediate_size`` is then of dense MLPs, which may be of no layer at all.
-_WIDTHS = ("shared_expert_intermediate_size", "shared_intermediate_size", "intermediate_size")
+_WIDTHS = (
+    "shared_expert_intermediate_size",
+    "shared_intermediate_size",
+    "intermediate_size",
+    "ffn_dim",
+    "ffn_hidden_size",
+    "n_inner",
+)
+# Of these, a configuration that names no width means four times the hidden size.
+_FOURFOLD = frozenset(("bloom", "falcon", "gpt2", "gpt_bigcode", "gptj"))
 
 
 def neurons_per_layer(text_config: Any) -> int | None:
     """Neurons of every decoder layer, as a configuration has it; None if it has no single size."""
     width = next((w for name in _WIDTHS if (w := getattr(text_config, name, None))), None)
+    if width is None and getattr(text_config, "model_type", None) in _FOURFOLD:
+        width = 4 * text_config.hidden_size
     return width if isinstance(width, int) else None
 
 

@@ -12,6 +12,7 @@ from cna_kernels.reference import (
     pack_mask,
     scale_reference,
 )
+from cna_kernels.scale_rows import scale_rows, scale_rows_reference
 from cna_kernels.steer_gate_up import CARRYING_DTYPES, steer_gate_up, steer_gate_up_reference
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "record_rows",
     "record_rows_reference",
     "scale_reference",
+    "scale_rows",
+    "scale_rows_reference",
     "steer_gate_up",
     "steer_gate_up_reference",
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CPU path of ``act_and_mul_scaled``: eager activation, then sparse steering in place.
+"""CPU path of ``act_and_mul_scaled`` and ``scale_rows``: sparse steering in place.
 
 Only (row, channel) pairs inside a circuit are touched. They are found in numpy views of the
 operands, whose small calls cost a third of torch's; a batch that decodes finds them once.
@@ -39,14 +39,32 @@ def act_and_mul_scaled_cpu(
     """
     gate, up = x.chunk(2, 1)
     out = eager_activation(activation)(gate).mul_(up)
+    _steer(out, row_slot, slot_circuits, slot_multipliers, masks)
+    return out
+
+
+def scale_rows_cpu(
+    a: Tensor, row_slot: Tensor, slot_circuits: Tensor, slot_multipliers: Tensor, masks: Tensor
+) -> None:
+    """See :func:`cna_kernels.scale_rows`, which dispatches here."""
+    rows = a.contiguous()
+    _steer(rows, row_slot, slot_circuits, slot_multipliers, masks)
+    if not a.is_contiguous():
+        a.copy_(rows)
+
+
+def _steer(
+    out: Tensor, row_slot: Tensor, slot_circuits: Tensor, slot_multipliers: Tensor, masks: Tensor
+) -> None:
+    """out[t, j] = f * out[t, j]; out is contiguous."""
     operands = row_slot, slot_circuits, slot_multipliers, masks
     if (kept := _LAST.get(out.shape, *operands)) is not None:
         _scale(out, *kept)
-        return out
+        return
     size = out.shape[1]
     slots = row_slot.numpy()[: len(out)]
     steered = (slots >= 0).nonzero()[0]
-    step = max(1, MAX_ELEMENTS // (size * slot_circuits.shape[1]))
+    step = max(1, MAX_ELEMENTS // max(1, size * slot_circuits.shape[1]))
     for start in range(0, steered.size, step):
         rows = steered[start : start + step]
         chosen = slots.take(rows)
@@ -57,7 +75,6 @@ def act_and_mul_scaled_cpu(
         _scale(out, at, factor)
         if steered.size <= step:
             _LAST.keep((at, factor), out.shape, *operands)
-    return out
 
 
 def _entries(

@@ -11,6 +11,8 @@ import pytest
 from tests import tiny_models
 from tests.engine_job import V1_HERE, run_engine
 from tests.integration.conftest import PLAIN, Subject
+from tests.models_row import arms, make_subject
+from tests.models_zoo import build
 from tests.oracles import assert_token_exact
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -80,3 +82,26 @@ def test_compiled_equals_eager_and_oracle(tiny: Subject, tmp_path: Path) -> None
 
     graphs = json.loads(counts.read_text())
     assert graphs == [{"cna.act_and_mul_scaled.default": tiny_models.LAYERS}]
+
+
+def test_compiled_mlps_without_a_gate(tmp_path: Path) -> None:
+    """An op that writes in place, between an activation that is compiled and a linear."""
+    name = "NemotronForCausalLM"
+    build(name, tmp_path / "model")
+    subject = make_subject(name, tmp_path)
+    wanted_arms = arms(subject)
+    requests, wanted = subject.requests(
+        tiny_models.prompts(3), wanted_arms, max_tokens=12, ignore_eos=True
+    )
+    counts = tmp_path / "counts.json"
+    (outputs,) = run_engine(
+        subject.config(enforce_eager=False, skip_tokenizer_init=True),
+        [{"op": "generate", "requests": requests}],
+        env={**V1_HERE, "VLLM_CACHE_ROOT": str(tmp_path / "cache"), "COUNTS": str(counts)},
+        setup=COUNT_OPS,
+    )
+    assert_token_exact(subject.verdicts(wanted, outputs), "compiled, without a gate")
+    assert len({tuple(output["token_ids"][0]) for output in outputs}) > len(outputs) / 2
+    # vLLM's activation is also a graph of its own, which has none of our ops.
+    graphs = [graph for graph in json.loads(counts.read_text()) if graph]
+    assert graphs == [{"cna.scale_rows.default": tiny_models.LAYERS}]

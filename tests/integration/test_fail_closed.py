@@ -132,10 +132,10 @@ def test_start_refuses_a_layer_that_goes_around_its_hook(tiny: Subject, runner) 
 
 
 def test_unsupported_models_are_refused(tmp_path: Path) -> None:
-    """Routed experts, and MLPs without a gate: refused by name when circuits are configured."""
+    """Routed experts, and layers without an MLP: refused by name when circuits are configured."""
     for model, reason in (
         (tiny_models.mixtral(tmp_path / "moe"), "mixture of routed experts"),
-        (tiny_models.gpt_neox(tmp_path / "neox"), "found no gated MLP"),
+        (tiny_models.mamba(tmp_path / "mamba"), "found no MLP"),
     ):
         engine = {
             "model": str(model),

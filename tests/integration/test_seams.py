@@ -375,6 +375,48 @@ def test_producers_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(mlp(x), expected)
 
 
+def test_linears_and_activations_without_a_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an MLP without a gate is found by, and that an activation set apart is not fused."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.lora.layers.row_parallel_linear import RowParallelLinearWithLoRA
+    from vllm.model_executor.layers import activation
+    from vllm.model_executor.layers.fusion import fused_act_quant
+    from vllm.model_executor.layers.linear import RowParallelLinear
+    from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
+
+    from cna_vllm.serving.seams.model import plain_activation
+    from cna_vllm.serving.worker.plain_mlp import Apart
+
+    with set_current_vllm_config(VllmConfig()):
+        made = {
+            name: make()
+            for name, make in activation._ACTIVATION_REGISTRY._factory.items()
+            if name not in ("tanh", "sigmoid")
+        }
+        gated = activation._ACTIVATION_AND_MUL_REGISTRY["silu"]
+    assert {"gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2", "silu", "xielu"} <= set(made)
+    assert all(plain_activation(module) for module in made.values())
+    assert plain_activation(gated) is None
+    assert plain_activation(torch.nn.Sigmoid()) is None
+    # A rank's input is its share, unless the linear splits it; and it is the hooked module's own.
+    source = inspect.getsource(RowParallelLinear)
+    assert "self.input_is_parallel = input_is_parallel" in source
+    assert parameters(RowParallelLinear.forward) == ["self", "input_"]
+    assert parameters(RowParallelLinearWithLoRA.forward) == ["self", "input_"]
+
+    key, relu2 = kFp8StaticTensorSym, made["relu2"]
+    monkeypatch.setattr(
+        fused_act_quant, "_FUSED_ACT_QUANT", {(type(relu2), key): lambda x, linear: "fused"}
+    )
+    monkeypatch.setattr(fused_act_quant, "_FUSED_ACT_QUANT_SUPPORT", {})
+    down: Any = torch.nn.Linear(4, 2)
+    down._input_quant_key = key
+    x = torch.randn(3, 4)
+    assert fused_act_quant.maybe_fused_act_quant(relu2, x, down) == "fused"
+    apart = fused_act_quant.maybe_fused_act_quant(Apart(relu2), x, down)
+    assert torch.equal(apart, x.relu().square())
+
+
 def test_worker_seams_v1() -> None:
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner

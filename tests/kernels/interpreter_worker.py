@@ -25,6 +25,8 @@ from cna_kernels import (
     mark_overflow,
     mark_overflow_reference,
     scale_reference,
+    scale_rows,
+    scale_rows_reference,
     steer_gate_up,
     steer_gate_up_reference,
 )
@@ -34,6 +36,7 @@ from tests.kernels.cases import (
     ROUTINGS,
     WIDTHS,
     bits,
+    inside_circuits,
     make_ahead,
     make_hidden,
     make_tables,
@@ -180,6 +183,18 @@ def check_vectors(dtype: torch.dtype, width: int, routing: str) -> None:
     assert same(hidden, expected), "rows with vectors"
 
 
+def check_in_place(dtype: torch.dtype, width: int, routing: str) -> None:
+    """Equal to the reference to the bit, with a row stride over the width; and what no circuit
+    holds is not written, whatever bits it has."""
+    tables = make_tables(width, routing, ROWS)
+    rows, expected, before = (make_hidden(width, ROWS, dtype, pad=3) for _ in range(3))
+    scale_rows(rows, *tables)
+    scale_rows_reference(expected, *tables)
+    assert same(rows, expected), "steered rows"
+    outside = ~inside_circuits(tables, ROWS, width)
+    assert torch.equal(bits(rows)[outside], bits(before)[outside]), "channels outside circuits"
+
+
 def check_overflow(dtype: torch.dtype, width: int, seed: int) -> None:
     """The same slots are marked as by the reference, and nothing else is written."""
     hidden, row_slot = overflow_case(dtype, 9, width, ROWS, seed)
@@ -254,6 +269,11 @@ def main() -> None:
             check_vectors(dtype, width, routing)
         except AssertionError as error:
             failures[f"vectors-{dtype}-{width}-{routing}"] = str(error)
+    for dtype, width, routing in VECTOR_CASES:
+        try:
+            check_in_place(dtype, width, routing)
+        except AssertionError as error:
+            failures[f"in-place-{dtype}-{width}-{routing}"] = str(error)
     for dtype, activation, width, routing in AHEAD_CASES:
         try:
             check_ahead(dtype, activation, width, routing)

@@ -48,6 +48,12 @@ def test_vectors(report: dict[str, Any], dtype: Any, width: int, routing: str) -
     assert name not in report["failures"], report["failures"][name]
 
 
+@pytest.mark.parametrize(("dtype", "width", "routing"), interpreter_worker.VECTOR_CASES)
+def test_in_place(report: dict[str, Any], dtype: Any, width: int, routing: str) -> None:
+    name = f"in-place-{dtype}-{width}-{routing}"
+    assert name not in report["failures"], report["failures"][name]
+
+
 @pytest.mark.parametrize(
     ("dtype", "activation", "width", "routing"), interpreter_worker.AHEAD_CASES
 )

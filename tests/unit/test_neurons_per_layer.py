@@ -29,6 +29,11 @@ CASES: list[tuple[dict[str, Any], int | None]] = [
     ({"intermediate_size": 7, "shared_intermediate_size": 3}, 3),
     ({"intermediate_size": [7, 7]}, None),
     ({"intermediate_size": None}, None),
+    ({"ffn_dim": 9}, 9),
+    ({"ffn_hidden_size": 9, "hidden_size": 2, "model_type": "falcon"}, 9),
+    ({"n_inner": None, "hidden_size": 2, "model_type": "gpt2"}, 8),
+    ({"n_inner": 9, "hidden_size": 2, "model_type": "gpt2"}, 9),
+    ({"hidden_size": 2, "model_type": "mamba2"}, None),
     ({}, None),
 ]
 
@@ -43,7 +48,7 @@ def test_a_model_without_one_size_is_refused_by_name(tmp_path: Any) -> None:
     with pytest.raises(UnsupportedModelError, match=r"some/model.*no single intermediate_size"):
         served_model(config)
     (tmp_path / "config.json").write_text(
-        '{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}'
+        '{"model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"]}'
     )
     with pytest.raises(ModelError, match="no single intermediate_size"):
         model_dimensions(str(tmp_path))

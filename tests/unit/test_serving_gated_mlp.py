@@ -190,24 +190,24 @@ def test_in_layer_order_and_of_this_stage_only() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "no mlp": (lambda: make_layer(attention=Attention()), "no gated MLP"),
+    "no mlp": (lambda: make_layer(attention=Attention()), "found no MLP"),
     "plain mlp": (
         lambda: make_layer(mlp=make_layer(up=nn.Linear(2, 2), act=nn.GELU(), down=RowParallel())),
-        "no gated MLP",
+        "found no MLP",
     ),
     "activation and linear in different modules": (
         lambda: make_layer(a=make_layer(act=ActAndMul()), b=make_layer(down=RowParallel())),
-        "no gated MLP",
+        "found no MLP",
     ),
     "two linears beside one activation": (
         lambda: make_layer(mlp=make_layer(act=ActAndMul(), a=RowParallel(), b=RowParallel())),
-        "no gated MLP",
+        "found no MLP",
     ),
     "two activations beside one linear": (
         lambda: make_layer(mlp=make_layer(a=ActAndMul(), b=ActAndMul(), down=RowParallel())),
-        "no gated MLP",
+        "found no MLP",
     ),
-    "two mlps": (lambda: make_layer(mlp=Mlp(), shared_mlp=Mlp()), "2 gated MLPs"),
+    "two mlps": (lambda: make_layer(mlp=Mlp(), shared_mlp=Mlp()), "found 2 MLPs"),
     "routed experts": (
         lambda: make_layer(mlp=make_layer(experts=RoutedExperts())),
         r"model\.layers\.2\.mlp\.experts is a fused mixture of routed experts",
@@ -218,7 +218,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "routed experts beside a shared and a dense mlp": (
         lambda: make_layer(experts=RoutedExperts(), shared=Mlp(), dense=Mlp()),
-        "2 gated MLPs",
+        "found 2 MLPs",
     ),
     "unknown activation": (
         lambda: make_layer(mlp=Mlp(activation=OddAndMul())),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,13 @@ from cna_vllm.serving.worker.gated_mlp import (
     UnsupportedModelError,
     find_gated_mlps,
 )
+
+PLAIN_ACTIVATIONS = (
+    "torch.nn.modules.activation",
+    "transformers.activations",
+    "vllm.model_executor.layers.activation",
+)
+"""Where the modules are that activations without a gate are of."""
 
 
 def served_model(model_config: Any) -> ServedModel:
@@ -49,7 +57,7 @@ def gated_mlps(model: nn.Module, served: ServedModel) -> list[GatedMlp]:
     from vllm.lora.layers.base import BaseLayerWithLoRA
     from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
     from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
-    from vllm.model_executor.layers.linear import RowParallelLinear
+    from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
     from vllm.model_executor.models.utils import PPMissingLayer
 
     def activation(module: nn.Module) -> str | None:
@@ -62,6 +70,18 @@ def gated_mlps(model: nn.Module, served: ServedModel) -> list[GatedMlp]:
     def unknown_activation(module: nn.Module) -> bool:
         name = type(module).__name__
         return activation(module) is None and ("AndMul" in name or "FatRelu" in name)
+
+    def down_projection(module: nn.Module) -> bool:
+        # A linear that splits its input itself, or is replicated (a Transformers model without a
+        # plan for ranks), is given all neurons on every rank, which only a single rank can record.
+        if isinstance(module, RowParallelLinear):
+            return module.input_is_parallel or module.tp_size == 1
+        return (
+            isinstance(module, ReplicatedLinear)
+            and module.tp_size == 1
+            and module.input_size == served.intermediate_size != module.output_size
+            and module.output_size == served.hidden_size
+        )
 
     def without_adapter(module: nn.Module) -> nn.Module:
         layer: Any = module
@@ -92,10 +112,11 @@ def gated_mlps(model: nn.Module, served: ServedModel) -> list[GatedMlp]:
         LayerVocabulary(
             activation=activation,
             unknown_activation=unknown_activation,
-            down_projection=lambda module: isinstance(module, RowParallelLinear),
+            down_projection=down_projection,
             without_adapter=without_adapter,
             routed_experts=lambda module: isinstance(module, MoERunnerInterface),
             fuses_quantization=fuses_quantization,
+            plain_activation=plain_activation,
         ),
     )
     for mlp in found:
@@ -112,6 +133,13 @@ def gated_mlps(model: nn.Module, served: ServedModel) -> list[GatedMlp]:
             ", ".join(routed),
         )
     return found
+
+
+def plain_activation(module: nn.Module) -> str | None:
+    """Name of an activation that has no gate (GELU, ReLU, SiLU and their kin), or None."""
+    name = type(module).__name__
+    known = type(module).__module__ in PLAIN_ACTIVATIONS and "AndMul" not in name
+    return name if known and re.search("elu|silu", name.lower()) else None
 
 
 def refuse_unsupported(vllm_config: Any) -> None:

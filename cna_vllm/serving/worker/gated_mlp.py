@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding the gated MLP of every decoder layer by structure, and proving that it is hooked.
+"""Finding the MLP of every decoder layer by structure, and proving that it is hooked.
 
 No module names are assumed: a gated MLP is the module that directly owns one fused
 activation-and-multiply and one row-parallel linear, whose input is then the vector of neurons.
@@ -11,6 +11,8 @@ quantization with the activation, ``GatedMlp.fuses_quantization`` says so.
 In a mixture of experts the neurons of a layer are those of its one dense or shared MLP. A shared
 expert sees every token row in the order of the step; routed experts see rows gathered by expert
 and are never steered or recorded, which ``GatedMlp.routed_experts`` says by name.
+
+A layer without one may have an MLP without a fused gate: see ``plain_mlp``.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from cna_vllm.serving.worker.plain_mlp import ablated_layer_matches, hooked_without_adapter
 
 
 class UnsupportedModelError(ValueError):
@@ -39,6 +43,7 @@ class LayerVocabulary:
     routed_experts: whether a module runs fused routed experts.
     fuses_quantization: whether the activation before a linear may be fused with the quantization
         of that linear's input.
+    plain_activation: name of an activation without a gate, or None for any other module.
     """
 
     activation: Callable[[nn.Module], str | None]
@@ -47,6 +52,7 @@ class LayerVocabulary:
     without_adapter: Callable[[nn.Module], nn.Module]
     routed_experts: Callable[[nn.Module], bool]
     fuses_quantization: Callable[[nn.Module], bool] = lambda linear: False
+    plain_activation: Callable[[nn.Module], str | None] = lambda module: None
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class GatedMlp:
     routed_experts: paths of the routed experts beside it, whose neurons are out of reach.
     adapted: children of ``module`` in LoRA wrappers -> the layers themselves.
     fuses_quantization: whether the engine may fuse the activation with what quantizes its result.
+    steered_input: where there is no fused gate, the child of ``module`` whose input is scaled.
     """
 
     layer: int
@@ -73,6 +80,7 @@ class GatedMlp:
     adapted: Mapping[str, nn.Module] = field(default_factory=dict)
     decoder: nn.Module | None = None
     fuses_quantization: bool = False
+    steered_input: str = ""
 
 
 def find_gated_mlps(
@@ -97,6 +105,7 @@ def find_gated_mlps(
 
 def _gated_mlp(index: int, path: str, layer: nn.Module, vocabulary: LayerVocabulary) -> GatedMlp:
     found: list[GatedMlp] = []
+    plain: list[GatedMlp] = []
     routed = tuple(n for n, m in layer.named_modules(prefix=path) if vocabulary.routed_experts(m))
     for name, module in layer.named_modules(prefix=path):
         activations = [
@@ -110,12 +119,19 @@ def _gated_mlp(index: int, path: str, layer: nn.Module, vocabulary: LayerVocabul
                 f"({', '.join(type(c).__name__ for c in module.children())}); covered: silu, gelu"
             )
         layers = {key: vocabulary.without_adapter(c) for key, c in module.named_children()}
-        downs = [linear for linear in layers.values() if vocabulary.down_projection(linear)]
+        downs = [key for key, linear in layers.items() if vocabulary.down_projection(linear)]
+        gated = bool(activations)
+        activations = activations or [
+            (attribute, kind)
+            for attribute, child in module.named_children()
+            if (kind := vocabulary.plain_activation(child)) is not None
+        ]
         if len(activations) == 1 and len(downs) == 1:
             attribute, kind = activations[0]
-            down: Any = downs[0]
-            width, total = int(down.input_size_per_partition), int(down.input_size)
-            found.append(
+            down: Any = layers[downs[0]]
+            total = int(down.input_size)
+            width = int(getattr(down, "input_size_per_partition", total))
+            (found if gated else plain).append(
                 GatedMlp(
                     layer=index,
                     path=name,
@@ -130,8 +146,10 @@ def _gated_mlp(index: int, path: str, layer: nn.Module, vocabulary: LayerVocabul
                     adapted={k: v for k, v in layers.items() if v is not getattr(module, k)},
                     decoder=layer,
                     fuses_quantization=vocabulary.fuses_quantization(down),
+                    steered_input="" if gated else downs[0],
                 )
             )
+    found = found or plain
     if not found and routed:
         raise UnsupportedModelError(
             f"layer {index}: {', '.join(routed)} is a fused mixture of routed experts, whose "
@@ -139,10 +157,10 @@ def _gated_mlp(index: int, path: str, layer: nn.Module, vocabulary: LayerVocabul
             "cna key to serve this model unsteered"
         )
     if len(found) != 1:
-        what = "no gated MLP" if not found else f"{len(found)} gated MLPs"
+        what = "no MLP" if not found else f"{len(found)} MLPs"
         raise UnsupportedModelError(
-            f"layer {index} ({path}): found {what}; steering needs exactly one module that owns a "
-            "fused activation-and-multiply and a row-parallel down projection in every layer"
+            f"layer {index} ({path}): found {what}; steering needs exactly one module that owns an "
+            "activation and a row-parallel down projection in every layer"
         )
     return found[0]
 
@@ -159,6 +177,9 @@ def ablated_output_matches(mlp: GatedMlp, hidden_size: int, dtype: torch.dtype) 
     device = next(mlp.module.parameters()).device
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, hidden_size, generator=generator).to(device, dtype)
+    if mlp.module is mlp.decoder and mlp.steered_input:
+        with _without_adapters(mlp):
+            return ablated_layer_matches(mlp, hidden)
     with _without_adapters(mlp):
         steered = mlp.module(hidden)
     zeros = torch.zeros(2, mlp.width, dtype=dtype, device=device)
@@ -176,7 +197,8 @@ def _without_adapters(mlp: GatedMlp) -> Iterator[None]:
     for name, layer in mlp.adapted.items():
         setattr(mlp.module, name, layer)
     try:
-        yield
+        with hooked_without_adapter(mlp):
+            yield
     finally:
         for name, wrapper in wrappers.items():
             setattr(mlp.module, name, wrapper)

@@ -82,6 +82,11 @@ class RecordedStream(nn.Module):
 def refuse_unfit(mlps: Sequence[GatedMlp]) -> None:
     """Raises UnsupportedModelError unless the modules' outputs are those of the layers' MLPs."""
     for mlp in mlps:
+        if mlp.module is mlp.decoder:
+            raise UnsupportedModelError(
+                f"layer {mlp.layer}: {mlp.path} computes its MLP itself, so there is no module "
+                "whose output vectors could be added to; remove cna.max_vectors and cna.vectors"
+            )
         if mlp.routed_experts:
             raise UnsupportedModelError(
                 f"layer {mlp.layer} has routed experts ({mlp.routed_experts[0]}), so no one MLP's "

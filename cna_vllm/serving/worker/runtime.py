@@ -19,6 +19,7 @@ from cna_vllm.serving.worker.gated_mlp import (
     ablated_output_matches,
 )
 from cna_vllm.serving.worker.outputs import hook_outputs, prove_outputs, refuse_unfit
+from cna_vllm.serving.worker.plain_mlp import hook_input
 from cna_vllm.serving.worker.recording import Recorder
 from cna_vllm.serving.worker.state import SteeringState
 from cna_vllm.serving.worker.table import CircuitTable, ResidentTable, VectorTable
@@ -89,7 +90,7 @@ class SteeringRuntime:
                     self.recorders[form] = Recorder(self.layers, 0, hidden_size, *batch)
         self.recorder = self.recorders.get(NEURONS)
         self.fusible = [mlp.path for mlp in mlps if mlp.fuses_quantization]
-        self.unfused = _why_unfused(config, dtype) if self.fusible else ""
+        self.unfused = _why_unfused(mlps, config, dtype) if self.fusible else ""
         step = self.state.buffers(self.recorder.row_record if self.recorder else None)
         for mlp in mlps:
             self._hook(mlp, step)
@@ -223,18 +224,21 @@ class SteeringRuntime:
     def _hook(self, mlp: GatedMlp, step: StepBuffers) -> None:
         masks = self.table.layer_masks(mlp.layer)
         hook: SteeredActAndMul
-        if mlp.fuses_quantization and not self.unfused:
+        stage = self.recorder.layer_stage(mlp.layer) if self.recorder else None
+        if mlp.steered_input:
+            hook = hook_input(mlp, step, masks, stage)
+        elif mlp.fuses_quantization and not self.unfused:
             replaced = getattr(mlp.module, mlp.attribute)
             hook = SteeredGateUp(mlp.activation, step, masks, replaced)
             # Producers of quantized activations are given the linear, not the activation.
             down: Any = mlp.down_proj
             down.cna_steer = hook.steer
+            setattr(mlp.module, mlp.attribute, hook)
         else:
-            stage = self.recorder.layer_stage(mlp.layer) if self.recorder else None
             hook = SteeredActAndMul(mlp.activation, step, masks, stage)
+            setattr(mlp.module, mlp.attribute, hook)
         # A buffer of the model, like what the hook reads: saved and restored when it sleeps.
         hook.register_buffer("marks", self._marks, persistent=False)
-        setattr(mlp.module, mlp.attribute, hook)
 
     def _quantization(self) -> str:
         if not self.fusible:
@@ -278,8 +282,10 @@ class SteeringRuntime:
             )
 
 
-def _why_unfused(config: CnaConfig, dtype: torch.dtype) -> str:
+def _why_unfused(mlps: Sequence[GatedMlp], config: CnaConfig, dtype: torch.dtype) -> str:
     """Why quantization cannot be left to what is fused with the activation, or ""."""
+    if any(mlp.steered_input for mlp in mlps):
+        return "MLPs without a gate are steered between the two"
     if config.record:
         return "this engine records activations, which a fused kernel does not write"
     if dtype not in CARRYING_DTYPES:
