@@ -134,7 +134,8 @@ class Study:
             load_vectors(self.llm, name, found)
 
     def _contents(self) -> Mapping[str, Circuit | VectorSet]:
-        return admission_of(self.llm).registry.names().contents
+        names = admission_of(self.llm).registry.names()
+        return {**names.circuits, **names.vectors}
 
     def _resident(self, name: str, digest: str) -> bool:
         resident = self._contents().get(name)
