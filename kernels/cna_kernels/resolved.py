@@ -52,8 +52,9 @@ class LastEntries:
     def keep(self, entries: Entries, shape: tuple[int, ...], *operands: Tensor) -> None:
         """Keeps a layer's entries unless they are many or cannot be told from later ones."""
         masks = id(operands[-1])
-        self._kept.pop(masks, None)
         if entries[0].size > MAX_KEPT_ENTRIES or any(t.is_inference() for t in operands):
+            self._kept.pop(masks, None)
             return
-        self._kept = {k: v for k, v in self._kept.items() if v[1][-1][0]() is not None}
+        if masks not in self._kept:  # those of layers that are gone make room
+            self._kept = {k: v for k, v in self._kept.items() if v[1][-1][0]() is not None}
         self._kept[masks] = shape, [(ref(t), t._version) for t in operands], entries

@@ -21,10 +21,7 @@ from cna_kernels.act_and_mul_scaled import steered_factor
 from cna_kernels.cpu import scale_rows_cpu
 from cna_kernels.library import define_op
 from cna_kernels.reference import scale_reference
-
-BLOCK: Final = 256
-MAX_PROGRAMS: Final = 4096
-"""Programs up to which a row is split: those that one H100 holds at a time, 32 an SM."""
+from cna_kernels.steer_gate_up import BLOCK, in_place_grid
 
 
 def scale_rows_reference(
@@ -79,10 +76,8 @@ def scale_rows_triton(
 ) -> None:
     """See :func:`scale_rows`, which dispatches here; fused multiply-adds are off."""
     rows, size = a.shape
-    # The shape alone decides the grid, so a launch can be captured and routing change afterwards.
-    parts = max(1, min(-(-size // BLOCK), MAX_PROGRAMS // max(rows, 1)))
     kernel: Any = scale_rows_kernel
-    kernel[(rows, parts)](
+    kernel[in_place_grid(rows, size)](
         a,
         row_slot,
         slot_circuits,

@@ -94,6 +94,12 @@ def steer_gate_up_kernel(  # type: ignore[no-untyped-def]
                 tl.store(x_row + size + channel, carried.to(gate.dtype), mask=steered)
 
 
+def in_place_grid(rows: int, size: int) -> tuple[int, int]:
+    """Programs of an op that writes only where a row is steered, of one warp each. The shape alone
+    decides, so a launch can be captured and routing change afterwards."""
+    return rows, max(1, min(-(-size // BLOCK), MAX_PROGRAMS // max(rows, 1)))
+
+
 def _steer_gate_up_triton(
     x: Tensor,
     row_slot: Tensor,
@@ -103,10 +109,8 @@ def _steer_gate_up_triton(
     activation: str,
 ) -> None:
     rows, size = x.shape[0], x.shape[1] // 2
-    # The shape alone decides the grid, so a launch can be captured and routing change afterwards.
-    parts = max(1, min(-(-size // BLOCK), MAX_PROGRAMS // max(rows, 1)))
     kernel: Any = steer_gate_up_kernel
-    kernel[(rows, parts)](
+    kernel[in_place_grid(rows, size)](
         x,
         row_slot,
         slot_circuits,
