@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from cna_vllm.serving.config import CircuitTableError, CnaConfig, CnaConfigError
 from cna_vllm.serving.front.admission import Admission
 from cna_vllm.serving.front.registry import Registry, ServedModel
-from cna_vllm.serving.front.store import RegistryStore
+from cna_vllm.serving.front.store import RegistryStore, Stored
 from cna_vllm.serving.http.control_plane import ControlError, ControlPlane
 from cna_vllm.serving.worker.table import CircuitTable
 from cna_vllm.steering.circuit import Circuit, Neuron
@@ -245,3 +246,32 @@ def test_two_api_servers_that_read_different_files_do_not_both_start(tmp_path: P
     asyncio.run(one.reconcile())
     with pytest.raises(CnaConfigError, match="different content under the same names"):
         asyncio.run(two.reconcile())
+
+
+def full(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_changes_read_the_registry_in_threads(
+    plane: Plane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another server wrote before, what this one writes, and what it goes back to."""
+    readers: list[int] = []
+    read = RegistryStore.read
+
+    def noted(store: RegistryStore) -> Stored:
+        readers.append(threading.get_ident())
+        return read(store)
+
+    monkeypatch.setattr(RegistryStore, "read", noted)
+    other = RegistryStore(tmp_path / "r")
+    other.save_circuit(circuit(2))
+    other.write({"theirs": circuit(2).digest})
+    asyncio.run(plane.load("circuit", "mine", "0.json"))
+    asyncio.run(plane.load("adapter", "off", {"circuit": "theirs", "multiplier": 0}))
+    assert {*plane.entries("circuit")} == {"mine", "theirs"}
+    asyncio.run(plane.unload("adapter", "off"))
+    monkeypatch.setattr(RegistryStore, "write", full)
+    assert refused(plane.load("circuit", "lost", "1.json")).status == 503
+    assert {*plane.entries("circuit")} == {"mine", "theirs"}
+    assert readers and threading.get_ident() not in readers

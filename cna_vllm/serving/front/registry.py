@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import threading
@@ -223,9 +224,13 @@ class Registry:
             ) from self._failure
         return self._names
 
+    async def current(self) -> None:
+        """What a server calls before it looks at names, so that its event loop reads no file."""
+        if self.is_stale():
+            await asyncio.to_thread(self.catch_up)
+
     def catch_up(self) -> None:
-        """``refresh``; a failure is logged, and told by ``names`` until the directory changes. A
-        server calls this in a thread before it looks at a request, which then reads no file."""
+        """``refresh``; a failure is logged, and told by ``names`` until the directory changes."""
         try:
             self.refresh()
         except (OSError, ValueError) as error:

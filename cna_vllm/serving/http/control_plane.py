@@ -143,8 +143,9 @@ class ControlPlane:
                 with _registry_io():
                     await asyncio.to_thread(lock.__enter__)
                 try:
+                    await self._registry.current()  # what others wrote before it was our turn
                     with _told(field):
-                        self._registry.names()  # what others wrote before it was our turn
+                        self._registry.names()
                         if field and self.is_pinned(name):
                             problem = "was given when the server started and cannot be changed"
                             raise ControlError(field, f"{show(name)} {problem}")
@@ -219,9 +220,10 @@ class ControlPlane:
         try:
             with _registry_io():
                 await asyncio.to_thread(write)
+            await self._registry.current()  # what was written is known here
         except ControlError:
-            with _registry_io():
-                self._registry.refresh()  # back to what is on disk: it was not acknowledged
+            with _registry_io():  # back to what is on disk: it was not acknowledged
+                await asyncio.to_thread(self._registry.refresh)
             if new is not None:
                 await self._retire(new)
             raise

@@ -4,7 +4,6 @@ server process it is of, and its LoRA adapters."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
@@ -41,8 +40,8 @@ def _names(app: Any) -> Iterable[str]:
 
 async def _catch_up(app: Any) -> None:
     gate = gate_of(getattr(app.state, "openai_serving_models", None))
-    if gate is not None and gate.registry.is_stale():
-        await asyncio.to_thread(gate.registry.catch_up)
+    if gate is not None:
+        await gate.registry.current()
 
 
 async def _model(request: Any) -> Any:
