@@ -59,7 +59,7 @@ def build(
     )
     for circuit in (FIRST, SECOND):
         runtime.load(circuit.packed())
-    runtime.add_request("plain", {}, 3)
+    runtime.add_request("plain", None, 3)
     both = ((FIRST.digest, 0.37), (SECOND.digest, -1.5))
     runtime.add_request("both", resolved(*both, scope="all"), 2)
     runtime.add_request("off", resolved((SECOND.digest, 0.0), scope="all"), 2)

@@ -73,8 +73,8 @@ def step(runtime: SteeringRuntime, *batch: tuple[str, int, int]) -> None:
     )
 
 
-def resolved(*pairs: tuple[str, float], scope: str = "last") -> dict[str, Any]:
-    return {"cna_resolved": Steering(pairs, scope).to_field(), "other": 1}
+def resolved(*pairs: tuple[str, float], scope: str = "last") -> Steering:
+    return Steering(pairs, scope)
 
 
 FIRST = Circuit("m", "A", LAYERS, WIDTH, (Neuron(0, 2), Neuron(2, 12)))
@@ -90,7 +90,7 @@ def test_every_row_of_a_mixed_batch() -> None:
         runtime.load(circuit.packed())
     runtime.add_request("a", resolved((FIRST.digest, 0.0)), 3)
     runtime.add_request("b", resolved((FIRST.digest, 0.5), (SECOND.digest, -2.0), scope="all"), 9)
-    runtime.add_request("plain", {"other": 1}, 2)
+    runtime.add_request("plain", None, 2)
     runtime.add_request("also plain", None, 2)
     step(runtime, ("b", 2, 0), ("plain", 2, 0), ("a", 4, 0), ("also plain", 1, 5))
 
@@ -172,7 +172,7 @@ def test_recording_through_the_hooks() -> None:
     runtime = make_runtime([found(i, m) for i, m in enumerate(modules)], record=True)
     runtime.load(FIRST.packed())
     runtime.add_request("steered", resolved((FIRST.digest, 0.0), scope="all"), 3)
-    runtime.add_request("recorded", {"cna_record": "g"}, 4)
+    runtime.add_request("recorded", None, 4, "g")
     hidden = torch.randn(5, HIDDEN)
     step(runtime, ("steered", 1, 0), ("recorded", 4, 0))
     for module in modules:

@@ -98,8 +98,8 @@ FIRST, SECOND, THIRD = vector_set(1), vector_set(2, (1,)), vector_set(3)
 CIRCUIT = Circuit("m", "A", LAYERS, WIDTH, (Neuron(0, 2), Neuron(2, 12)))
 
 
-def resolved(circuits: Any, vectors: Any, scope: str) -> dict[str, Any]:
-    return {"cna_resolved": Steering(tuple(circuits), scope, tuple(vectors)).to_field()}
+def resolved(circuits: Any, vectors: Any, scope: str) -> Steering:
+    return Steering(tuple(circuits), scope, tuple(vectors))
 
 
 def step(runtime: SteeringRuntime, *batch: tuple[str, int, int]) -> None:
@@ -230,7 +230,7 @@ def test_outputs_and_the_stream_are_recorded(deferred: bool) -> None:
     for what in ("mlp", "residual", "neurons", "mlp"):
         runtime.start_recording(what=what)
         runtime.add_request("steered", resolved([], [(FIRST.digest, 9.0)], "all"), 3)
-        runtime.add_request("recorded", {"cna_record": "g"}, 4)
+        runtime.add_request("recorded", None, 4, "g")
         step(runtime, ("steered", 1, 0), ("recorded", 4, 0))
         for layer in layers:
             layer(hidden)

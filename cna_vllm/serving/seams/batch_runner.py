@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from cna_vllm.serving.front.metrics import count_refused
-from cna_vllm.serving.seams.wrapping import wrap
+from cna_vllm.serving.seams.wrapping import Original, adding, wrap
 from cna_vllm.steering.misplaced import XARGS, first_sign_in_text
 
 _BODY = ("body", *XARGS)
@@ -23,31 +22,25 @@ def install() -> None:
             wrap(module, "run_request", _run_request)
 
 
-def _model_validate_json(original: Callable[..., Any]) -> Callable[..., Any]:
+@adding
+def _model_validate_json(original: Original, json_data: str, *args: Any, **kwargs: Any) -> Any:
     """A line's own text is seen here only: what it is read into drops what it does not know."""
-
-    def model_validate_json(json_data: str, *args: Any, **kwargs: Any) -> Any:
-        line = original(json_data, *args, **kwargs)
-        line.cna_error = first_sign_in_text(json_data.encode("utf-8", "surrogatepass"), _BODY)
-        return line
-
-    return model_validate_json
+    line = original(json_data, *args, **kwargs)
+    line.cna_error = first_sign_in_text(json_data.encode("utf-8", "surrogatepass"), _BODY)
+    return line
 
 
-def _run_request(original: Callable[..., Any]) -> Callable[..., Any]:
+@adding
+async def _run_request(original: Original, serve: Any, request: Any, *args: Any) -> Any:
     """A line that is refused has an error for its answer, and costs no other line."""
+    from vllm.entrypoints.serve import create_error_response
 
-    async def run_request(serve: Any, request: Any, *args: Any) -> Any:
-        from vllm.entrypoints.serve import create_error_response
+    error = getattr(request, "cna_error", None)
+    if error is None:
+        return await original(serve, request, *args)
+    count_refused(error)
 
-        error = getattr(request, "cna_error", None)
-        if error is None:
-            return await original(serve, request, *args)
-        count_refused(error)
+    async def refuse(_body: Any) -> Any:
+        return create_error_response(str(error), param=error.field)
 
-        async def refuse(_body: Any) -> Any:
-            return create_error_response(str(error), param=error.field)
-
-        return await original(refuse, request, *args)
-
-    return run_request
+    return await original(refuse, request, *args)

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 from cna_vllm.serving.config import CONFIG_KEY, CnaConfig
-from cna_vllm.serving.seams.wrapping import Wrap, wrap
+from cna_vllm.serving.seams.wrapping import Original, Wrap, adding, wrap
 
 SHAPING = ("max_circuits", "max_circuits_per_request", "max_vectors", "max_vectors_per_request")
 """Settings, beside whether the engine records, from which sizes of operands follow."""
@@ -21,14 +20,12 @@ def install(wrap: Wrap = wrap) -> None:
     wrap(VllmConfig, "compute_hash", _compute_hash)
 
 
-def _compute_hash(original: Callable[..., str]) -> Callable[..., str]:
-    def compute_hash(self: Any, *args: Any, **kwargs: Any) -> str:
-        config = CnaConfig.from_additional_config(self.additional_config)
-        if config is None:
-            return original(self, *args, **kwargs)
-        shape = {name: getattr(config, name) for name in (*SHAPING, "record")}
-        alike = copy.copy(self)
-        alike.additional_config = {**self.additional_config, CONFIG_KEY: shape}
-        return original(alike, *args, **kwargs)
-
-    return compute_hash
+@adding
+def _compute_hash(original: Original, self: Any, *args: Any, **kwargs: Any) -> Any:
+    config = CnaConfig.from_additional_config(self.additional_config)
+    if config is None:
+        return original(self, *args, **kwargs)
+    shape = {name: getattr(config, name) for name in (*SHAPING, "record")}
+    alike = copy.copy(self)
+    alike.additional_config = {**self.additional_config, CONFIG_KEY: shape}
+    return original(alike, *args, **kwargs)

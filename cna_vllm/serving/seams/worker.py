@@ -11,12 +11,14 @@ from torch import nn
 
 from cna_vllm.serving.config import CnaConfig
 from cna_vllm.serving.seams.attach import attach
+from cna_vllm.serving.seams.gate import steering_of
 from cna_vllm.serving.seams.kv_blocks import zero_blocks
 from cna_vllm.serving.seams.model import refuse_unsupported
 from cna_vllm.serving.seams.scheduler import REPORT_ATTRIBUTE, SCRUB_ATTRIBUTE
-from cna_vllm.serving.seams.wrapping import Wrap, wrap
+from cna_vllm.serving.seams.wrapping import Original, Wrap, adding, wrap
 from cna_vllm.serving.worker.rpc import RPC_METHODS, cna_status
 from cna_vllm.serving.worker.runtime import SteeringRuntime
+from cna_vllm.steering.request import FIELD_RECORD
 
 RUNTIME_ATTRIBUTE = "cna_runtime"
 
@@ -28,23 +30,23 @@ def install(wrap: Wrap = wrap) -> None:
     wrap(WorkerBase, "__init__", _worker_init)
 
 
-def _worker_init(original: Callable[..., None]) -> Callable[..., None]:
-    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, vllm_config, *args, **kwargs)
-        if CnaConfig.from_additional_config(vllm_config.additional_config) is None:
-            return
-        refuse_unsupported(vllm_config)
-        for name, method in RPC_METHODS.items():
-            setattr(type(self), name, _answering(method))
-        if vllm_config.use_v2_model_runner:
-            from vllm.v1.worker.gpu import model_states
+@adding
+def _worker_init(
+    original: Original, self: Any, vllm_config: Any, *args: Any, **kwargs: Any
+) -> None:
+    original(self, vllm_config, *args, **kwargs)
+    if CnaConfig.from_additional_config(vllm_config.additional_config) is None:
+        return
+    refuse_unsupported(vllm_config)
+    for name, method in RPC_METHODS.items():
+        setattr(type(self), name, _answering(method))
+    if vllm_config.use_v2_model_runner:
+        from vllm.v1.worker.gpu import model_states
 
-            wrap(model_states, "resolve_model_state_cls", _v2_state_cls)
-            _install_steps(_v2_runner())
-        else:
-            _install_v1()
-
-    return __init__
+        wrap(model_states, "resolve_model_state_cls", _v2_state_cls)
+        _install_steps(_v2_runner())
+    else:
+        _install_v1()
 
 
 def _install_v1() -> None:
@@ -72,119 +74,107 @@ def _install_steps(runner: type) -> None:
     wrap(runner, "sample_tokens", _sample_tokens)
 
 
-def _execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        if (blocks := getattr(scheduler_output, SCRUB_ATTRIBUTE, None)) is not None:
-            zero_blocks(self, blocks)
-        return original(self, scheduler_output, *args, **kwargs)
-
-    return execute_model
-
-
-def _sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
-    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state, report = self.execute_model_state, None
-        runtime = _held_runtime(self)
-        if runtime is not None and state is not None:
-            hidden = state.hidden_states
-            report = runtime.finish_step(hidden) if isinstance(hidden, torch.Tensor) else None
-        output = original(self, *args, **kwargs)
-        if report is not None:
-            # An asynchronous output holds the one that goes to the core, by either name.
-            held = getattr(output, "model_runner_output", output)
-            held = getattr(held, "_model_runner_output", held)
-            setattr(held, REPORT_ATTRIBUTE, report)
-        return output
-
-    return sample_tokens
+@adding
+def _execute_model(
+    original: Original, self: Any, scheduler_output: Any, *args: Any, **kwargs: Any
+) -> Any:
+    if (blocks := getattr(scheduler_output, SCRUB_ATTRIBUTE, None)) is not None:
+        zero_blocks(self, blocks)
+    return original(self, scheduler_output, *args, **kwargs)
 
 
-def _v1_load_model(original: Callable[..., None]) -> Callable[..., None]:
-    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        self.cna_runtime = None
-        if CnaConfig.from_additional_config(self.vllm_config.additional_config) is None:
-            return  # a plain engine after a steered one in the same process
-        self.cna_runtime = attach(self.vllm_config, self.get_model(), self.device)
-        if hasattr(self, "model_memory_usage"):  # only measured on accelerators
-            self.model_memory_usage += self.cna_runtime.nbytes
+@adding
+def _sample_tokens(original: Original, self: Any, *args: Any, **kwargs: Any) -> Any:
+    state, report = self.execute_model_state, None
+    runtime = _held_runtime(self)
+    if runtime is not None and state is not None:
+        hidden = state.hidden_states
+        report = runtime.finish_step(hidden) if isinstance(hidden, torch.Tensor) else None
+    output = original(self, *args, **kwargs)
+    if report is not None:
+        # An asynchronous output holds the one that goes to the core, by either name.
+        held = getattr(output, "model_runner_output", output)
+        held = getattr(held, "_model_runner_output", held)
+        setattr(held, REPORT_ATTRIBUTE, report)
+    return output
 
-    return load_model
+
+@adding
+def _v1_load_model(original: Original, self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    self.cna_runtime = None
+    if CnaConfig.from_additional_config(self.vllm_config.additional_config) is None:
+        return  # a plain engine after a steered one in the same process
+    self.cna_runtime = attach(self.vllm_config, self.get_model(), self.device)
+    if hasattr(self, "model_memory_usage"):  # only measured on accelerators
+        self.model_memory_usage += self.cna_runtime.nbytes
 
 
-def _v1_update_states(original: Callable[..., Any]) -> Callable[..., Any]:
-    def _update_states(self: Any, scheduler_output: Any) -> Any:
-        result = original(self, scheduler_output)
-        runtime: SteeringRuntime | None = self.cna_runtime
-        if runtime is None:
-            return result
-        for req_id in scheduler_output.finished_req_ids:
-            runtime.remove_request(req_id)
-        for req_id in scheduler_output.preempted_req_ids or ():
-            runtime.suspend_request(req_id)
-        for new in scheduler_output.scheduled_new_reqs:
-            params = new.sampling_params
-            runtime.add_request(
-                new.req_id,
-                None if params is None else params.extra_args,
-                self.requests[new.req_id].num_prompt_tokens,
+@adding
+def _v1_update_states(original: Original, self: Any, scheduler_output: Any) -> Any:
+    result = original(self, scheduler_output)
+    runtime: SteeringRuntime | None = self.cna_runtime
+    if runtime is None:
+        return result
+    for req_id in scheduler_output.finished_req_ids:
+        runtime.remove_request(req_id)
+    for req_id in scheduler_output.preempted_req_ids or ():
+        runtime.suspend_request(req_id)
+    for new in scheduler_output.scheduled_new_reqs:
+        _add_request(runtime, new, self.requests[new.req_id].num_prompt_tokens)
+    return result
+
+
+@adding
+def _v1_prepare_inputs(
+    original: Original, self: Any, scheduler_output: Any, num_scheduled_tokens: Any
+) -> Any:
+    result = original(self, scheduler_output, num_scheduled_tokens)
+    if self.cna_runtime is None:
+        return result
+    batch = self.input_batch
+    self.cna_runtime.prepare_step(
+        batch.req_ids, num_scheduled_tokens, batch.num_computed_tokens_cpu
+    )
+    return result
+
+
+@adding
+def _v2_state_cls(original: Original, vllm_config: Any, model: nn.Module) -> type:
+    base: Any = original(vllm_config, model)
+    if CnaConfig.from_additional_config(vllm_config.additional_config) is None:
+        state: type = base
+        return state
+
+    class SteeredModelState(base):
+        """The model's own state, with the steering runtime beside it."""
+
+        def __init__(self, vllm_config: Any, model: nn.Module, *args: Any) -> None:
+            super().__init__(vllm_config, model, *args)
+            self.cna_runtime = attach(vllm_config, model, self.device)
+
+        def add_request(self, req_index: int, new_req_data: Any) -> None:
+            super().add_request(req_index, new_req_data)
+            _add_request(self.cna_runtime, new_req_data, new_req_data.prompt_len)
+
+        def remove_request(self, req_id: str) -> None:
+            super().remove_request(req_id)
+            self.cna_runtime.remove_request(req_id)
+
+        def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
+            self.cna_runtime.prepare_step(
+                input_batch.req_ids,
+                input_batch.num_scheduled_tokens,
+                input_batch.num_computed_tokens_np,
             )
-        return result
+            return super().prepare_inputs(input_batch, req_states)
 
-    return _update_states
-
-
-def _v1_prepare_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
-    def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
-        result = original(self, scheduler_output, num_scheduled_tokens)
-        if self.cna_runtime is None:
-            return result
-        batch = self.input_batch
-        self.cna_runtime.prepare_step(
-            batch.req_ids, num_scheduled_tokens, batch.num_computed_tokens_cpu
-        )
-        return result
-
-    return _prepare_inputs
+    return SteeredModelState
 
 
-def _v2_state_cls(original: Callable[..., type]) -> Callable[..., type]:
-    def resolve_model_state_cls(vllm_config: Any, model: nn.Module) -> type:
-        base: Any = original(vllm_config, model)
-        if CnaConfig.from_additional_config(vllm_config.additional_config) is None:
-            return base
-
-        class SteeredModelState(base):
-            """The model's own state, with the steering runtime beside it."""
-
-            def __init__(self, vllm_config: Any, model: nn.Module, *args: Any) -> None:
-                super().__init__(vllm_config, model, *args)
-                self.cna_runtime = attach(vllm_config, model, self.device)
-
-            def add_request(self, req_index: int, new_req_data: Any) -> None:
-                super().add_request(req_index, new_req_data)
-                params = new_req_data.sampling_params
-                self.cna_runtime.add_request(
-                    new_req_data.req_id,
-                    None if params is None else params.extra_args,
-                    new_req_data.prompt_len,
-                )
-
-            def remove_request(self, req_id: str) -> None:
-                super().remove_request(req_id)
-                self.cna_runtime.remove_request(req_id)
-
-            def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
-                self.cna_runtime.prepare_step(
-                    input_batch.req_ids,
-                    input_batch.num_scheduled_tokens,
-                    input_batch.num_computed_tokens_np,
-                )
-                return super().prepare_inputs(input_batch, req_states)
-
-        return SteeredModelState
-
-    return resolve_model_state_cls
+def _add_request(runtime: SteeringRuntime, new: Any, prompt_len: int) -> None:
+    extra_args = getattr(new.sampling_params, "extra_args", None) or {}
+    runtime.add_request(new.req_id, steering_of(new), prompt_len, extra_args.get(FIELD_RECORD))
 
 
 def runtime_of(worker: Any) -> SteeringRuntime:

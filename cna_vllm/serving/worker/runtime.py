@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from cna_vllm.serving.worker.recording import Recorder
 from cna_vllm.serving.worker.state import SteeringState
 from cna_vllm.serving.worker.table import CircuitTable, ResidentTable, VectorTable
 from cna_vllm.steering.packed import KindName, Packed
-from cna_vllm.steering.request import FIELD_RECORD, RESOLVED_FIELD, Steering
+from cna_vllm.steering.request import Steering
 from cna_vllm.steering.vectors import FORMS
 
 NEURONS = "neurons"
@@ -124,17 +124,15 @@ class SteeringRuntime:
         return any(table.unload(digest) for table in self._tables.values())
 
     def add_request(
-        self, req_id: str, extra_args: Mapping[str, Any] | None, prompt_len: int
+        self, req_id: str, steering: Steering | None, prompt_len: int, group: str | None = None
     ) -> None:
-        """A request enters the batch for the first time, resumes, or is replaced."""
-        extra_args = extra_args or {}
-        resolved = extra_args.get(RESOLVED_FIELD)
-        self.state.add(
-            req_id, None if resolved is None else Steering.from_field(resolved), prompt_len
-        )
+        """A request enters the batch for the first time, resumes, or is replaced.
+
+        group: under which it is recorded; None for one that is not.
+        """
+        self.state.add(req_id, steering, prompt_len)
         if self.recorders:
-            active = self.recorders[self._recording]
-            active.add(req_id, extra_args.get(FIELD_RECORD), prompt_len)
+            self.recorders[self._recording].add(req_id, group, prompt_len)
 
     def suspend_request(self, req_id: str) -> None:
         """A request is preempted and will run again under the same id without being re-added."""
