@@ -16,8 +16,8 @@ Files are looked for beside the configuration file.
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,7 +126,7 @@ def _must(be: str, fits: Callable[[Any], bool]) -> Callable[[Any], Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return (is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    return (is_int(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max
 
 
 _text = _must("be a text", lambda value: isinstance(value, str) and value != "")

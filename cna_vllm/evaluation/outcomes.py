@@ -123,8 +123,12 @@ def outcomes(scored: Sequence[Scored], control: str, analysis: Analysis) -> list
     A set to which the metric applies in no arm (no prompt has a score) gives no outcome.
 
     Raises:
-        ValueError: arms are not paired, or an option is out of range.
+        ValueError: the control is no arm, arms are not paired, or an option is out of range.
     """
+    for one in scored:
+        if control not in one.scores:
+            known = ", ".join(one.scores)
+            raise ValueError(f"control {control!r} is not an arm; use one of {known}")
     found = [
         _outcome(one, control, analysis)
         for one in scored

@@ -121,8 +121,9 @@ class Result:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes a file of indented JSON, atomically."""
-    write_atomic(path, [json.dumps(value, ensure_ascii=False, indent=1), "\n"])
+    """Writes a file of indented JSON, atomically; lone surrogates as JSON's escapes of them."""
+    text = json.dumps(value, ensure_ascii=False, indent=1)
+    write_atomic(path, [text.encode("utf-8", "backslashreplace"), b"\n"])
 
 
 def load(

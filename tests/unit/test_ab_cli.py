@@ -18,7 +18,7 @@ from cna_vllm.evaluation.ab import compare
 from cna_vllm.evaluation.answers import collect
 from cna_vllm.evaluation.metrics import load_metric
 from cna_vllm.evaluation.outcomes import Analysis
-from cna_vllm.evaluation.result import MetricInfo
+from cna_vllm.evaluation.result import MetricInfo, write_json
 from cna_vllm.steering.arms import Arm
 from cna_vllm.steering.vectors import VectorSet
 from tests.simulated_ab import ARMS, describe, prompt_sets, rows
@@ -56,6 +56,7 @@ CONFIGS = {
     "nofile": "prompts: [{tag: x}]",
     "metrics": "metrics: []",
     "effects": "effects: {length: large}",
+    "huge": f"multipliers: [1{'0' * 400}]",
     "confidence": "confidence: 95",
     "samples": "samples: 0",
     "seed": "sampling: {seed: 3}",
@@ -124,6 +125,7 @@ def said(capsys: pytest.CaptureFixture[str], line: str) -> str:
         (f"{AB} --config nofile.yaml", "prompts: 0: 'file' is missing"),
         (f"{AB} --config metrics.yaml", "metrics: must be a list with something in it"),
         (f"{AB} --config effects.yaml", "effects: length: must be a finite number"),
+        (f"{AB} --config huge.yaml", "multipliers: 0: must be a finite number, not 1000"),
         (f"{AB} --config confidence.yaml", "confidence: must lie between 0 and 1, not 95"),
         (f"{AB} --config samples.yaml", "samples: must be a whole number of at least 1"),
         (f"{AB} --config seed.yaml", "'seed' is the run's"),
@@ -262,3 +264,11 @@ def test_from_with_another_file(
 ) -> None:
     (done / "ab.json").write_text(json.dumps({**read(done), key: value}))
     assert says in said(capsys, "ab --from done")
+
+
+def test_json_of_any_text(tmp_path: Path) -> None:
+    """Text stays as it is; a lone surrogate, which UTF-8 does not have, is escaped."""
+    write_json(tmp_path / "a.json", {"é": "\ud800 \\"})
+    raw = (tmp_path / "a.json").read_text("utf-8")
+    assert "é" in raw and "\\ud800" in raw
+    assert json.loads(raw) == {"é": "\ud800 \\"}

@@ -20,6 +20,10 @@ from cna_vllm.evaluation.metrics import (
     load_metric,
     score_answers,
 )
+from cna_vllm.evaluation.metrics.judge import Judge
+from cna_vllm.evaluation.metrics.ngrams import Distinct
+from cna_vllm.evaluation.metrics.perplexity import Perplexity
+from cna_vllm.evaluation.metrics.text import Length
 
 OURS = {
     "distinct": "distinct",
@@ -179,3 +183,14 @@ def test_finding_a_metric_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_a_choice_is_checked_wherever_a_metric_is_made() -> None:
+    for make, says in (
+        (lambda: Distinct(unit="bytes"), "metric distinct: unit='bytes'; use one of words"),  # type: ignore[arg-type]
+        (lambda: Length(unit="bytes"), "metric length: unit='bytes'; use one of tokens"),  # type: ignore[arg-type]
+        (lambda: Perplexity(scale="bits"), "metric perplexity: scale='bits'; use one of"),  # type: ignore[arg-type]
+        (lambda: Judge("http://h", "m", rubric="x"), "metric judge: rubric='x'; use one of"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(MetricError, match=says):
+            make()

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from cna_vllm.evaluation.outcomes import Analysis, Scored, outcomes
 from cna_vllm.evaluation.sample_size import (
     connor,
     mcnemar_power,
@@ -286,3 +287,10 @@ def test_impossible_sample_sizes(shares: tuple[float, float], options: dict[str,
 )
 def test_impossible_effects(effect: float, options: dict[str, float]) -> None:
     assert pairs_for_means(effect, **options) is None
+
+
+def test_a_control_that_is_no_arm() -> None:
+    scores = {"plain": [[1.0]], "off": [[0.0]]}
+    scored = Scored("refusal", "binary", "p", scores)
+    with pytest.raises(ValueError, match="control 'no' is not an arm; use one of plain, off"):
+        outcomes([scored], "no", Analysis())

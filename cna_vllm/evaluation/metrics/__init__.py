@@ -229,9 +229,24 @@ def _parse_options(name: str, text: str) -> dict[str, str]:
     return options
 
 
+def check_choices(name: str, options: Any, given: Mapping[str, Any]) -> None:
+    """Raises MetricError for an option that is none of the texts of its `Literal`.
+
+    options: the class or function whose annotations say so.
+    """
+    hints = typing.get_type_hints(options)
+    for key, value in given.items():
+        choices = (
+            typing.get_args(hints[key]) if typing.get_origin(hints.get(key)) is Literal else ()
+        )
+        if choices and value not in choices:
+            raise MetricError(f"metric {name}: {key}={value!r}; use one of {', '.join(choices)}")
+
+
 def _convert(name: str, factory: Callable[..., Any], given: dict[str, str]) -> dict[str, Any]:
     parameters = inspect.signature(factory).parameters
-    hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    options = factory.__init__ if inspect.isclass(factory) else factory
+    hints = typing.get_type_hints(options)
     for key in given:
         if key not in parameters:
             known = ", ".join(parameters) or "none"
@@ -240,11 +255,9 @@ def _convert(name: str, factory: Callable[..., Any], given: dict[str, str]) -> d
         if parameter.default is inspect.Parameter.empty and key not in given:
             raise MetricError(f"metric {name}: needs option {key}; write {name}:{key}=...")
     converted: dict[str, Any] = {}
+    check_choices(name, options, given)
     for key, value in given.items():
         kind = hints.get(key, str)
-        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-        if choices and value not in choices:
-            raise MetricError(f"metric {name}: {key}={value!r}; use one of {', '.join(choices)}")
         try:
             converted[key] = kind(value) if kind in _NUMBERS else value
         except ValueError as error:

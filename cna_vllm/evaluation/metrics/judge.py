@@ -24,7 +24,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from cna_vllm.evaluation.metrics import Answer, Better, Kind, MetricError, Score
+from cna_vllm.evaluation.metrics import Answer, Better, Kind, MetricError, Score, check_choices
 
 if TYPE_CHECKING:
     from openai import OpenAI, OpenAIError
@@ -107,6 +107,7 @@ class Judge:
                 f"metric judge: url={self.url!r} is not an http(s) address; "
                 "give the base URL, like http://localhost:8000/v1"
             )
+        check_choices("judge", type(self), vars(self))
         least_of = {"retries": 0, "timeout": 0.001, "workers": 1, "max_tokens": 1}
         for option, least in least_of.items():
             if not least <= getattr(self, option) < float("inf"):

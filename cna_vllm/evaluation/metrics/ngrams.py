@@ -13,7 +13,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from cna_vllm.evaluation.metrics import Answer, Better, Kind, MetricError, Score
+from cna_vllm.evaluation.metrics import Answer, Better, Kind, MetricError, Score, check_choices
 from cna_vllm.evaluation.metrics.text import token_ids
 
 
@@ -28,6 +28,7 @@ class _NGrams:
     def __post_init__(self) -> None:
         if self.n < 1:
             raise MetricError(f"metric {self.base_name}: n={self.n} must be at least 1")
+        check_choices(self.base_name, type(self), vars(self))
 
     @property
     def name(self) -> str:

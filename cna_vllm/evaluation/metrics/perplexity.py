@@ -15,6 +15,7 @@ from cna_vllm.evaluation.metrics import (
     Kind,
     MetricError,
     Score,
+    check_choices,
 )
 from cna_vllm.evaluation.metrics.text import token_ids
 
@@ -31,6 +32,9 @@ class Perplexity:
     scale: Literal["perplexity", "nll"] = "perplexity"
     kind: ClassVar[Kind] = "continuous"
     better: ClassVar[Better] = "lower"
+
+    def __post_init__(self) -> None:
+        check_choices("perplexity", type(self), vars(self))
 
     @property
     def name(self) -> str:

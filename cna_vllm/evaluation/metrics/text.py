@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from cna_vllm.evaluation.metrics import Answer, Better, Kind, MetricError, Score
+from cna_vllm.evaluation.metrics import Answer, Better, Kind, MetricError, Score, check_choices
 
 
 def token_ids(metric: str, index: int, answer: Answer) -> tuple[int, ...]:
@@ -29,6 +29,9 @@ class Length:
     unit: Literal["tokens", "words", "characters"] = "tokens"
     kind: ClassVar[Kind] = "continuous"
     better: ClassVar[Better] = "neither"
+
+    def __post_init__(self) -> None:
+        check_choices("length", type(self), vars(self))
 
     @property
     def name(self) -> str:

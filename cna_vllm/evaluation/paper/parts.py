@@ -10,7 +10,7 @@ from typing import Literal
 from cna_vllm.evaluation.paper import published
 from cna_vllm.evaluation.paper.published import Published
 from cna_vllm.evaluation.paper.rows import Row
-from cna_vllm.evaluation.paper.settings import CAA_LAYER, CAA_SIGNS, SCOPE, TOP
+from cna_vllm.evaluation.paper.settings import CAA_LAYER, CAA_SIGNS, SCOPE, TOP, EvalError
 from cna_vllm.evaluation.paper.study import PLAIN, Figures, Study
 from cna_vllm.evaluation.statistics import wilson
 from cna_vllm.serving.seams.offline import engine_of
@@ -85,7 +85,8 @@ def mmlu(study: Study) -> list[Row]:
     study.circuit("small")
     doses = sorted(settings.multipliers, key=lambda m: m != 1.0)
     arms = {f"{m:g}": _dose("small", m) for m in doses}
-    assert study.task is not None
+    if study.task is None:
+        raise EvalError("--parts mmlu: needs a task")
     if "caa" in settings.parts:  # the form at all positions: the harness scores prompts
         arms |= {arm.name.replace(" ", ""): arm for arm in _vector_arms(study, "mlp")}
     rows: list[Row] = []
