@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,12 +16,14 @@ from tests.engine_job import V2
 from tests.integration.conftest import PLAIN, Subject
 from tests.oracles import Arm, assert_token_exact
 from tests.server import serve
+from tests.vector_files import random_vectors, save_vectors
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
 def test_names_and_fields(tiny: Subject, tmp_path: Path) -> None:
-    """Adapters and fields, mixed in one batch; and LoRA adapters may not take their names."""
+    """Adapters and fields, mixed in one batch; and LoRA adapters may not take their names, nor
+    that of a set of vectors."""
     env = {**V2, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     off, both = tiny.arm(("one", 0.0)), tiny.arm(("one", 0.5), ("two", -1.0), scope="all")
     lists = {"cna_circuit": ["one", "two"], "cna_multiplier": [0.5, -1.0], "cna_scope": "all"}
@@ -31,9 +34,11 @@ def test_names_and_fields(tiny: Subject, tmp_path: Path) -> None:
         ("both", None, both),
         ("tiny", lists, both),
     ]
+    caa = save_vectors(tmp_path, {"caa": random_vectors("mlp", (0,), 3, 0.5)})
     arguments = [
         *(f"--circuit={name}={file}" for name, file in tiny.files.items()),
         "--adapter=off=one@0",
+        f"--additional-config={json.dumps({'cna': {'vectors': caa, 'max_vectors': 1}})}",
         "--adapter=both=one@0.5+two@-1:all",
         "--served-model-name=tiny",
         "--skip-tokenizer-init",
@@ -55,7 +60,7 @@ def test_names_and_fields(tiny: Subject, tmp_path: Path) -> None:
 
         with ThreadPoolExecutor(len(asked)) as pool:
             outputs = list(pool.map(answer, asked))
-        for name in ("one", "off"):
+        for name in ("one", "off", "caa"):
             clash = {"lora_name": name, "lora_path": "/nowhere"}
             reply = http.post("/v1/load_lora_adapter", json=clash)
             assert reply.status_code == 400 and f"lora_name: '{name}'" in reply.text
