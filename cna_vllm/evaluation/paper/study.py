@@ -29,6 +29,7 @@ from cna_vllm.evaluation.result import (
     load,
     write_json,
 )
+from cna_vllm.serving.seams.front_end import admission_of
 from cna_vllm.serving.seams.offline import engine_of
 from cna_vllm.steering.arms import Arm
 from cna_vllm.steering.circuit import Circuit
@@ -133,9 +134,8 @@ class Study:
             load_vectors(self.llm, name, found)
 
     def _contents(self) -> Mapping[str, Circuit | VectorSet]:
-        from cna_vllm.serving.control import list_circuits, list_vectors
-
-        return {**list_circuits(self.llm), **list_vectors(self.llm)}
+        names = admission_of(self.llm).registry.names()  # list_vectors wants an engine with vectors
+        return {**names.circuits, **names.vectors}
 
     def _resident(self, name: str, digest: str) -> bool:
         resident = self._contents().get(name)
