@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cna_vllm.steering.circuit import is_int, show
+from cna_vllm.steering.content import is_int, show
 
 FIELD_PREFIX = "cna_"
 FIELD_CIRCUIT = "cna_circuit"

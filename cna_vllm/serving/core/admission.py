@@ -8,7 +8,7 @@ from typing import Any
 
 from cna_vllm.serving.config import WITHOUT_CONFIG, CnaConfig
 from cna_vllm.serving.seal import Seal, deployment_secret
-from cna_vllm.steering.circuit import show
+from cna_vllm.steering.content import show
 from cna_vllm.steering.request import (
     FIELD_CIRCUIT,
     FIELD_MULTIPLIER,
