@@ -12,13 +12,12 @@ from cna_vllm.steering.content import show
 from cna_vllm.steering.request import (
     DEFAULT_SCOPE,
     SCOPES,
-    CircuitRequest,
+    Pairs,
     SteeringError,
+    columns,
     steer,
     steer_vector,
 )
-
-Pairs = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,9 @@ class Arm:
     """
 
     name: str
-    circuits: tuple[tuple[str, float], ...] = ()
+    circuits: Pairs = ()
     scope: str = DEFAULT_SCOPE
-    vectors: tuple[tuple[str, float], ...] = ()
+    vectors: Pairs = ()
 
     def __post_init__(self) -> None:
         self.extra_args()  # refuses what no engine would take
@@ -46,13 +45,8 @@ class Arm:
         Raises:
             SteeringError: a wrong type or value.
         """
-        if self.circuits:
-            steer(list(self.circuits), scope=self.scope)
-        if self.vectors:
-            steer_vector(list(self.vectors), scope=self.scope)
-        if not (self.circuits or self.vectors):
-            return {}
-        return CircuitRequest(self.circuits, self.scope, self.vectors).to_extra_args()
+        circuits = steer(self.circuits, scope=self.scope) if self.circuits else {}
+        return circuits | (steer_vector(self.vectors, scope=self.scope) if self.vectors else {})
 
     @property
     def dose(self) -> float | None:
@@ -68,8 +62,8 @@ class Arm:
 
         Lists where there are several; None where there is nothing.
         """
-        circuit, multiplier = _columns(self.circuits)
-        vector, coefficient = _columns(self.vectors)
+        circuit, multiplier = columns(self.circuits) if self.circuits else (None, None)
+        vector, coefficient = columns(self.vectors) if self.vectors else (None, None)
         return {
             "arm": self.name,
             "circuit": circuit,
@@ -90,9 +84,7 @@ def steering_arm(circuits: Sequence[tuple[str, float]], scope: str = DEFAULT_SCO
     return Arm(body if scope == DEFAULT_SCOPE else f"{body}:{scope}", tuple(circuits), scope)
 
 
-def parse_steering(
-    text: str, known: Collection[str] = ()
-) -> tuple[tuple[tuple[str, float], ...], str]:
+def parse_steering(text: str, known: Collection[str] = ()) -> tuple[Pairs, str]:
     """Reads `CIRCUIT@M[+CIRCUIT@M...][:SCOPE]` as (circuit, multiplier) pairs and a scope.
 
     Args:
@@ -151,12 +143,6 @@ def check_names(arms: Sequence[Arm]) -> None:
         if arm.name in seen:
             raise SteeringError("arm", f"the name {show(arm.name)} is given twice")
         seen.add(arm.name)
-
-
-def _columns(pairs: Sequence[tuple[str, float]]) -> tuple[Any, Any]:
-    if len(pairs) == 1:
-        return pairs[0]
-    return ([n for n, _ in pairs], [x for _, x in pairs]) if pairs else (None, None)
 
 
 def _readings(body: str, known: Collection[str]) -> Iterator[Pairs]:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cna_vllm.steering.content import show
-from cna_vllm.steering.request_fields import (
+from cna_vllm.steering.request import (
     FIELD_PREFIX,
     FIELD_RECORD,
     FIELDS,

@@ -16,10 +16,9 @@ from cna_vllm.steering.request import (
     FIELD_VECTOR,
     MAX_NAME_LENGTH,
     RESOLVED_FIELD,
-    Steering,
     SteeringError,
-    to_float32,
 )
+from cna_vllm.steering.resolved import Steering, to_float32
 
 SIGN = "cna"
 
