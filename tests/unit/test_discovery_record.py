@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cna_vllm.discovery.record import assemble
+from cna_vllm.discovery.prefill import assemble
 
 LAYERS, WIDTH = 5, 8
 STAGES, OFFSETS = ([0, 1, 2], [3, 4]), (0, 4)
@@ -47,11 +47,10 @@ def test_two_ranks_by_two_stages_in_any_order(order: list[int], seed: int) -> No
     sums = whole(seed)
     reports = shares(sums)
     recorded = assemble([reports[i] for i in order], COUNTS, LAYERS, WIDTH)
-    assert recorded.counts == COUNTS
-    assert set(recorded.means) == set(COUNTS)
+    assert set(recorded) == set(COUNTS)
     for group, count in COUNTS.items():
-        assert recorded.means[group].dtype == np.float64
-        assert np.array_equal(recorded.means[group], sums[group] / count)
+        assert recorded[group].dtype == np.float64
+        assert np.array_equal(recorded[group], sums[group] / count)
 
 
 def test_one_rank_and_a_group_that_nobody_asked_for() -> None:
@@ -59,14 +58,14 @@ def test_one_rank_and_a_group_that_nobody_asked_for() -> None:
     recorded = assemble(
         [share(sums, list(range(LAYERS)), 0, WIDTH)], {"positive": 3}, LAYERS, WIDTH
     )
-    assert set(recorded.means) == {"positive"}
-    assert np.array_equal(recorded.means["positive"], sums["positive"] / 3)
+    assert set(recorded) == {"positive"}
+    assert np.array_equal(recorded["positive"], sums["positive"] / 3)
 
 
 def test_a_stage_without_layers_has_nothing_to_add() -> None:
     sums = whole()
     recorded = assemble([*shares(sums), share(sums, [], 0, 1)], COUNTS, LAYERS, WIDTH)
-    assert np.array_equal(recorded.means["negative"], sums["negative"] / 2)
+    assert np.array_equal(recorded["negative"], sums["negative"] / 2)
 
 
 @pytest.mark.parametrize("missing", range(4))

@@ -12,10 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cna_vllm.discovery.contrast import select_neurons
-from cna_vllm.discovery.control import random_control
 from cna_vllm.discovery.prefill import Dimensions
 from cna_vllm.discovery.sets import SetRows, mean_difference, split
-from cna_vllm.discovery.stability import bootstrap, mean_signed_activation, separation
+from cna_vllm.discovery.stability import (
+    bootstrap,
+    mean_signed_activation,
+    random_control,
+    separation,
+)
 from cna_vllm.steering.circuit import Circuit, CircuitError, Neuron
 
 SIZE = Dimensions(3, 6)
