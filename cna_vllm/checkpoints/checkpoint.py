@@ -7,7 +7,6 @@ pickle-only checkpoints are refused, and so is any layout in which a name could 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cna_vllm.checkpoints.models import model_dimensions
+from cna_vllm.files import FileError, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class Checkpoint:
 
     Attributes:
         model: the folder or hub id, as the user named it.
-        dimensions: what `Circuit.check_model` takes.
+        dimensions: what `Circuit.check_model` takes, in its order.
         config: the whole configuration, and of it the part that describes the text model.
         files: tensor name -> name of the safetensors file that holds it.
         fetch: name of a file of the checkpoint -> its path on this machine.
@@ -205,15 +205,10 @@ def _weight_files(
 
 def _from_index(model: str, path: Path) -> dict[str, str]:
     try:
-        if path.stat().st_size > _MAX_INDEX_BYTES:
-            raise CheckpointError(f"{model}: {INDEX} is larger than {_MAX_INDEX_BYTES} bytes")
-        names = json.loads(path.read_text("utf-8"))["weight_map"]
-    except (OSError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{model}: {INDEX} has no usable 'weight_map'") from error
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{model}: {INDEX} is not JSON: {error}") from error
+        index = read_json(path, _MAX_INDEX_BYTES)
+    except FileError as error:
+        raise CheckpointError(f"{model}: {INDEX} {error}") from error
+    names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names:
         raise CheckpointError(f"{model}: {INDEX} has no usable 'weight_map'")
     for file in names.values():
