@@ -16,8 +16,7 @@ from itertools import pairwise
 from typing import Any, TypedDict, Unpack
 
 from cna_vllm.files import parse_json
-from cna_vllm.steering.content import MAX_FILE_BYTES, Content, in_range, is_int, show
-from cna_vllm.steering.packed import Packed
+from cna_vllm.steering.content import MAX_FILE_BYTES, Content, Packed, in_range, is_int, show
 
 
 class CircuitError(ValueError):

@@ -65,17 +65,17 @@ class Kind:
     number_field: str
     loader: str
 
-    def fields_of(self, names: str | Sequence[tuple[str, float]], number: Any) -> dict[str, Any]:
-        """The two fields of one name and its number, or of (name, number) pairs.
+    def given(self, names: str | Sequence[tuple[str, float]], number: Any) -> list[Any]:
+        """The pairs of one name and its number, or of a list of them, unchecked.
 
-        Values are not checked. Raises SteeringError where the arguments have neither form.
+        Raises SteeringError where the arguments have neither form.
         """
         if isinstance(names, str):
             if number is None:
                 raise SteeringError(
                     self.number_field, f"missing; give one for {self.noun} {show(names)}"
                 )
-            return {self.name_field: names, self.number_field: number}
+            return [(names, number)]
         self._refuse_content(names)
         if number is not None:
             raise SteeringError(
@@ -92,10 +92,7 @@ class Kind:
                 raise SteeringError(
                     self.name_field, f"{show(pair)} is not a (name, {self.number}) pair"
                 )
-        return {
-            self.name_field: [name for name, _ in names],
-            self.number_field: [value for _, value in names],
-        }
+        return list(names)
 
     def write(self, pairs: Pairs) -> dict[str, Any]:
         """The fields `parse` reads back: scalars for one pair, else flat lists."""
@@ -127,25 +124,26 @@ class Kind:
                 else f"must be a list of {len(names)} numbers, one for each {self.noun}",
             )
         if single:
-            names, values = [names], [values]
+            return self.checked([(names, values)], limit, most)
         if len(names) != len(values):
             raise SteeringError(
                 self.number_field,
                 f"{len(values)} {self.number}s for {len(names)} {self.noun}s; "
                 "the lists must be of equal length",
             )
-        if not names:
+        return self.checked([*zip(names, values, strict=True)], limit, most)
+
+    def checked(self, pairs: list[Any], limit: float = FLOAT32_MAX, most: int = NO_LIMIT) -> Pairs:
+        """Raises SteeringError for a wrong name or number, and for none or too many pairs."""
+        if not pairs:
             raise SteeringError(
                 self.name_field, f"is an empty list; name a {self.noun} or omit the field"
             )
-        if len(names) > most:
+        if len(pairs) > most:
             raise SteeringError(
-                self.name_field, f"{len(names)} {self.noun}s on one request; at most {most}"
+                self.name_field, f"{len(pairs)} {self.noun}s on one request; at most {most}"
             )
-        return tuple(
-            (self.checked_name(name), self.checked_number(value, limit))
-            for name, value in zip(names, values, strict=True)
-        )
+        return tuple((self.checked_name(n), self.checked_number(x, limit)) for n, x in pairs)
 
     def checked_name(self, name: Any) -> str:
         """Raises SteeringError unless ``name`` is a text that can name something."""
@@ -261,7 +259,8 @@ def steer(
     Raises:
         SteeringError: a wrong type or value. Limits of the engine are checked at admission.
     """
-    return _fields(CIRCUITS, circuit, multiplier, scope)
+    circuits = CIRCUITS.checked(CIRCUITS.given(circuit, multiplier))
+    return CircuitRequest(circuits, checked_scope(scope)).to_extra_args()
 
 
 def steer_vector(
@@ -283,15 +282,8 @@ def steer_vector(
     Raises:
         SteeringError: a wrong type or value. Limits of the engine are checked at admission.
     """
-    return _fields(VECTORS, vector, coefficient, scope)
-
-
-def _fields(
-    kind: Kind, names: str | Sequence[tuple[str, float]], number: float | None, scope: str
-) -> dict[str, Any]:
-    fields = {**kind.fields_of(names, number), FIELD_SCOPE: scope}
-    asked = CircuitRequest.from_extra_args(fields)
-    return asked.to_extra_args() if asked else {}
+    vectors = VECTORS.checked(VECTORS.given(vector, coefficient))
+    return CircuitRequest((), checked_scope(scope), vectors).to_extra_args()
 
 
 def columns(pairs: Pairs) -> tuple[Any, Any]:

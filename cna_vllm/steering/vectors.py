@@ -17,8 +17,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from cna_vllm.files import FileError, parse_json
-from cna_vllm.steering.content import MAX_FILE_BYTES, Content, in_range, is_int, show
-from cna_vllm.steering.packed import Packed
+from cna_vllm.steering.content import MAX_FILE_BYTES, Content, Packed, in_range, is_int, show
 
 Form = Literal["mlp", "residual"]
 FORMS: tuple[Form, ...] = ("mlp", "residual")
