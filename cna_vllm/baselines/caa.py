@@ -108,8 +108,8 @@ def mean_difference(
     requests = [(ids, POSITIVE) for ids in positive] + [(ids, NEGATIVE) for ids in negative]
     counts = {POSITIVE: len(positive), NEGATIVE: len(negative)}
     reports = prefill(llm, requests, {"what": form})
-    hidden_size = engine_of(llm).hidden_size
-    means = assemble(reports, counts, size.num_layers, hidden_size)
+    outputs = Dimensions(size.num_layers, engine_of(llm).hidden_size)
+    means = assemble(reports, counts, outputs)
     difference: NDArray[np.float64] = means[POSITIVE] - means[NEGATIVE]
     if not np.isfinite(difference).all():
         raise DiscoveryError("activations are not finite; try --dtype float32 or bfloat16")

@@ -59,7 +59,6 @@ class BakeError(ValueError):
 class Baked:
     """What was written: the record in `cna_bake.json`, the files rewritten and those kept."""
 
-    folder: Path
     record: Mapping[str, Any]
     rewritten: tuple[str, ...]
     kept: tuple[str, ...]
@@ -152,7 +151,7 @@ def bake(model: str, circuit: Circuit, multiplier: float, out: str | os.PathLike
     except BaseException:
         shutil.rmtree(work)
         raise
-    return Baked(target, record, rewritten, kept)
+    return Baked(record, rewritten, kept)
 
 
 def _whole_folder(checkpoint: Checkpoint) -> Path:

@@ -68,22 +68,16 @@ class Checkpoint:
         Raises:
             CheckpointError: no such tensor, a damaged file, or a dtype that is not FLOATS.
         """
-        from safetensors import SafetensorError, safe_open
-
         if name not in self.files:
             raise CheckpointError(f"{self.model}: there is no tensor {name!r}")
-        path = self.fetch(self.files[name])
-        try:
-            with safe_open(path, "pt") as handle:
-                tensor = handle.get_slice(name)
-                if tensor.get_dtype() not in FLOATS:
-                    raise CheckpointError(
-                        f"{self.model}: {name} has dtype {tensor.get_dtype()}, a quantized or "
-                        f"packed one; name the checkpoint in {', '.join(FLOATS)}"
-                    )
-                yield tensor
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: {error}") from error
+        with _opened(self.fetch(self.files[name])) as handle:
+            tensor = handle.get_slice(name)
+            if tensor.get_dtype() not in FLOATS:
+                raise CheckpointError(
+                    f"{self.model}: {name} has dtype {tensor.get_dtype()}, a quantized or "
+                    f"packed one; name the checkpoint in {', '.join(FLOATS)}"
+                )
+            yield tensor
 
     def vector(self, name: str) -> torch.Tensor:
         """A one-dimensional tensor, as float32."""
@@ -178,7 +172,7 @@ def _weight_files(
         try:
             index = fetch(INDEX)
         except CheckpointError:  # of one file then; or the same reason hits that one
-            return dict.fromkeys(_names(fetch(SINGLE)), SINGLE)
+            return _single(fetch(SINGLE))
         return _from_index(model, index)
     if INDEX in files:
         names = _from_index(model, fetch(INDEX))
@@ -190,10 +184,10 @@ def _weight_files(
             raise CheckpointError(f"{model}: {INDEX} names {lost[0]}, which is not there")
         return names
     if SINGLE in files:
-        return dict.fromkeys(_names(fetch(SINGLE)), SINGLE)
+        return _single(fetch(SINGLE))
     shards = [name for name in files if name.endswith(".safetensors")]
     if len(shards) == 1 and not shards[0].startswith("adapter_"):
-        return dict.fromkeys(_names(fetch(shards[0])), shards[0])
+        return _single(fetch(shards[0]))
     if shards:
         raise CheckpointError(
             f"{model}: holds {', '.join(shards[:3])}, but neither {SINGLE} nor {INDEX}"
@@ -218,11 +212,17 @@ def _from_index(model: str, path: Path) -> dict[str, str]:
     return names
 
 
-def _names(path: Path) -> list[str]:
+def _single(path: Path) -> dict[str, str]:
+    with _opened(path) as handle:
+        return dict.fromkeys(handle.keys(), path.name)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as handle:
-            return list(handle.keys())
+            yield handle
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error

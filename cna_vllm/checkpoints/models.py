@@ -39,11 +39,8 @@ class ModelError(ValueError):
 
 def cache_dir() -> Path:
     """``$CNA_CACHE``, else ``$XDG_CACHE_HOME/cna_vllm``, else ``~/.cache/cna_vllm``."""
-    if explicit := os.environ.get("CNA_CACHE"):
-        return Path(explicit)
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg) / "cna_vllm"
-    return Path.home() / ".cache" / "cna_vllm"
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("CNA_CACHE") or Path(caches, "cna_vllm"))
 
 
 def resolve_model(name: str | None) -> str:

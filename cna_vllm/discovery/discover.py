@@ -115,15 +115,14 @@ def discover(
             method, recorded.universal, select_any(recorded.delta)
         )
     if recorded.rows is not None:
-        stable = bootstrapped(
+        jaccard, frequency = bootstrapped(
             recorded.rows, method.size, neurons, select, method.bootstrap, method.seed
         )
         found["bootstrap"] = {
-            "resamples": stable.resamples,
+            "resamples": method.bootstrap,
             "seed": method.seed,
-            "mean_jaccard": stable.mean_jaccard,
-            # In the order of the circuit's neurons.
-            "frequency": list(stable.frequency.values()),
+            "mean_jaccard": jaccard,
+            "frequency": list(frequency.values()),
         }
     circuit = Circuit(
         num_layers=method.size.num_layers,

@@ -17,8 +17,15 @@ from numpy.typing import NDArray
 import cna_vllm
 from cna_vllm.serving.seams.offline import engine_of, gate_of_llm
 from cna_vllm.steering.request import FIELD_RECORD
-from cna_vllm.text.prompts import Prompt, PromptError, PromptLike, prompts_digest, prompts_of
-from cna_vllm.text.rendering import chat_template_used, render
+from cna_vllm.text.prompts import (
+    Prompt,
+    PromptError,
+    PromptLike,
+    chat_template_used,
+    prompts_digest,
+    prompts_of,
+    render,
+)
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -204,19 +211,15 @@ def prefill(
 
 
 def assemble(
-    reports: Sequence[Mapping[str, Any]],
-    expected: Mapping[str, int],
-    num_layers: int,
-    width: int,
+    reports: Sequence[Mapping[str, Any]], expected: Mapping[str, int], size: Dimensions
 ) -> dict[str, NDArray[np.float64]]:
-    """Group -> mean over its ``expected`` prompts, float64 [num_layers, width], of all ranks.
+    """Group -> mean over its ``expected`` prompts, float64 of that size, of all ranks.
 
     Raises RuntimeError when a share is missing or miscounted.
     """
-    size = Dimensions(num_layers, width)
     means: dict[str, NDArray[np.float64]] = {}
     for group, count in expected.items():
-        mean = np.zeros((num_layers, width))
+        mean = np.zeros((size.num_layers, size.intermediate_size))
         for report in reports:
             found = report["groups"].get(group, {"count": 0})
             if found["count"] != count:
@@ -227,7 +230,7 @@ def assemble(
             shape = (len(report["layers"]), report["width"])
             total = np.frombuffer(found["sum"], dtype=np.float64).reshape(shape)
             mean[report["layers"], columns(report)] = total / count
-        require_all(reports, size, range(num_layers), f"group {group!r}")
+        require_all(reports, size, range(size.num_layers), f"group {group!r}")
         means[group] = mean
     return means
 

@@ -146,7 +146,7 @@ def record_sets(llm: LLM, sets: PromptSets, method: Method, max_bytes: int) -> R
             members += membership(reports, len(diverse), k, size)
         if delta is None:
             counts = {POSITIVE: len(sets.positive), NEGATIVE: len(sets.negative)}
-            means = assemble(reports, counts, size.num_layers, size.intermediate_size)
+            means = assemble(reports, counts, size)
             delta = means[POSITIVE] - means[NEGATIVE]
     needed = method.rule.needed(len(sets.universal))
     return Recorded(delta, members >= needed if sets.universal else None, rows)

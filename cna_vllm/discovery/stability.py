@@ -51,16 +51,6 @@ def mean_signed_activation(circuit: Circuit, activations: Activations) -> NDArra
     return np.mean(columns, axis=0)
 
 
-@dataclass(frozen=True)
-class Stability:
-    """mean_jaccard: |A and B| / |A or B| of the circuit and a resample's, over all resamples.
-    frequency: of each neuron of the circuit, the share of resamples that select it."""
-
-    resamples: int
-    mean_jaccard: float
-    frequency: dict[tuple[int, int], float]
-
-
 def bootstrap(
     rows: SetRows,
     size: Dimensions,
@@ -68,10 +58,12 @@ def bootstrap(
     select: Callable[[NDArray[np.float64]], Sequence[Neuron]],
     resamples: int,
     seed: int,
-) -> Stability:
+) -> tuple[float, dict[tuple[int, int], float]]:
     """Repeats the selection on prompts drawn with replacement, each set from itself.
 
     select: from a delta of all layers to neurons; chosen: what it selects from all prompts.
+    Returns the mean of |A and B| / |A or B| of the circuit and a resample's; and, of each neuron
+    of the circuit in order, the share of resamples that select it.
     """
     draw = np.random.default_rng(seed)
     full = {(n.layer, n.index) for n in chosen}
@@ -89,7 +81,7 @@ def bootstrap(
         for neuron in found & full:
             hits[neuron] += 1
     frequency = {neuron: count / resamples for neuron, count in hits.items()}
-    return Stability(resamples, float(np.mean(overlaps)), frequency)
+    return float(np.mean(overlaps)), frequency
 
 
 def random_control(circuit: Circuit, seed: int = 0) -> Circuit:

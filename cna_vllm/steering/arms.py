@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -103,7 +104,17 @@ def parse_steering(text: str, known: Collection[str] = ()) -> tuple[Pairs, str]:
         raise SteeringError("arm", f"{show(text)} can be read as {one}, or as {two}; rename one")
     if found:
         return found[0], scope
-    return tuple(_pair(part, text) for part in body.split("+")), scope
+    try:
+        parts = [part.rpartition("@") for part in body.split("+")]
+        if all(name for name, _, _ in parts):
+            return tuple((name, float(number)) for name, _, number in parts), scope
+    except ValueError:
+        pass
+    raise SteeringError(
+        "arm",
+        f"{show(text)} is not CIRCUIT@M[+CIRCUIT@M...][:SCOPE], with scope one of "
+        f"{', '.join(SCOPES)}",
+    )
 
 
 def parse_arm(text: str, vectors: Collection[str] = (), circuits: Collection[str] = ()) -> Arm:
@@ -138,11 +149,9 @@ def check_names(arms: Sequence[Arm]) -> None:
     """Raises SteeringError where two arms share a name, or there is none at all."""
     if not arms:
         raise SteeringError("arm", "there is none; name at least one")
-    seen = set()
-    for arm in arms:
-        if arm.name in seen:
-            raise SteeringError("arm", f"the name {show(arm.name)} is given twice")
-        seen.add(arm.name)
+    for name, count in Counter(arm.name for arm in arms).items():
+        if count > 1:
+            raise SteeringError("arm", f"the name {show(name)} is given twice")
 
 
 def _readings(body: str, known: Collection[str]) -> Iterator[Pairs]:
@@ -161,17 +170,3 @@ def _readings(body: str, known: Collection[str]) -> Iterator[Pairs]:
                 yield (first,)
             else:
                 yield from ((first, *more) for more in _readings("+".join(pieces[end:]), known))
-
-
-def _pair(part: str, whole: str) -> tuple[str, float]:
-    name, _, multiplier = part.rpartition("@")
-    try:
-        if name:
-            return name, float(multiplier)
-    except ValueError:
-        pass
-    raise SteeringError(
-        "arm",
-        f"{show(whole)} is not CIRCUIT@M[+CIRCUIT@M...][:SCOPE], with scope one of "
-        f"{', '.join(SCOPES)}",
-    )

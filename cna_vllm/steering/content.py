@@ -106,10 +106,6 @@ class Content(ABC):
         """SHA-256 (64 hex digits) over what steers, always computed from the content."""
 
     @abstractmethod
-    def packed(self) -> Packed:
-        """What workers get of it."""
-
-    @abstractmethod
     def to_bytes(self) -> bytes:
         """The content of the file that `save` writes."""
 
@@ -145,6 +141,7 @@ class Content(ABC):
         """What its file says, but for the content itself."""
         head = [name for name in self.REQUIRED if name != "neurons"]
         fields = {name: getattr(self, name) for name in (*head, *ORIGIN)}
+        fields["notes"] = list(self.notes)
         return {"format": self.FORMAT, "version": VERSION, **fields, "digest": self.digest}
 
     @classmethod
@@ -152,7 +149,7 @@ class Content(ABC):
         """Of what `_fields` said, and content that is stored elsewhere."""
         if data.get("format") != cls.FORMAT:
             raise cls.Error(f"'format' must be {cls.FORMAT!r}, not {show(data.get('format'))}")
-        if not in_range(version := data.get("version"), VERSION, VERSION):
+        if not is_int(version := data.get("version")) or version != VERSION:
             raise cls.Error(
                 f"'version' must be {VERSION}, not {show(version)}; a newer file needs a newer "
                 "cna-vllm"

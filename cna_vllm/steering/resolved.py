@@ -17,7 +17,6 @@ from cna_vllm.steering.request import (
     CIRCUITS,
     DEFAULT_SCOPE,
     FIELD_VECTOR,
-    FLOAT32_MAX,
     RESOLVED_FIELD,
     SEAL_KEY,
     VECTORS,
@@ -120,9 +119,7 @@ def to_float32(value: float) -> float:
 def _resolved_pairs(kind: Kind, entries: Any) -> Pairs:
     if not isinstance(entries, list | tuple):
         raise SteeringError(RESOLVED_FIELD, f"malformed {kind.noun}s: {show(entries)}")
-    pairs = []
     for entry in entries:
         if not isinstance(entry, list | tuple) or len(entry) != 2:
             raise SteeringError(RESOLVED_FIELD, f"malformed pair: {show(entry)}")
-        pairs.append((kind.checked_name(entry[0]), kind.checked_number(entry[1], FLOAT32_MAX)))
-    return tuple(pairs)
+    return kind.checked(list(entries)) if entries else ()

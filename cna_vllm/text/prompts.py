@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts: read from .txt, .jsonl and .csv files."""
+"""Prompts: read from .txt, .jsonl and .csv files, and rendered to the token ids that the engine
+sees, in one way for discovery and generation."""
 
 from __future__ import annotations
 
@@ -144,6 +145,55 @@ def read_prompts(path: str | os.PathLike[str], *, column: str | None = None) -> 
     if not prompts:
         raise PromptError(f"{name}: holds no prompt")
     return prompts
+
+
+def templated(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> bool:
+    """Whether ``render`` applies the chat template to a prompt: messages need it."""
+    if prompt.text is None:
+        return prompt.messages is not None
+    return not raw and getattr(tokenizer, "chat_template", None) is not None
+
+
+def chat_template_used(
+    tokenizer: Any, prompts: Sequence[Prompt], *, raw: bool = False
+) -> bool | str:
+    """Whether ``render`` applies the chat template to prompts: what provenance says of them.
+
+    A text where it is so for some of them only.
+    """
+    count = sum(templated(tokenizer, prompt, raw=raw) for prompt in prompts)
+    return bool(count) if count in (0, len(prompts)) else f"for {count} of {len(prompts)} prompts"
+
+
+def render(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:
+    """Token ids of a prompt: one user turn through the chat template, with the generation prompt.
+
+    Text of a model without a chat template, or with ``raw``, is tokenized as it is, and token ids
+    are the prompt. Ids are returned rather than text, so that no special token is added twice.
+
+    Raises:
+        ValueError: messages for a model without a chat template, or its template refuses them.
+    """
+    if prompt.token_ids is not None:
+        return list(prompt.token_ids)
+    messages = prompt.messages
+    if messages is None:
+        if not templated(tokenizer, prompt, raw=raw):
+            return list(tokenizer.encode(prompt.text))
+        messages = [{"role": "user", "content": prompt.text}]
+    elif getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("messages: this model has no chat template; give prompts as text")
+    try:
+        ids = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+    except Exception as error:  # a template is a program of the model's: it can raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"messages: the model's chat template refuses them: {reason}") from error
+    return list(ids)
 
 
 def prompts_digest(prompts: Iterable[Prompt]) -> str:

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cna_vllm.discovery.prefill import assemble
+from cna_vllm.discovery.prefill import Dimensions, assemble
 
 LAYERS, WIDTH = 5, 8
+SIZE = Dimensions(LAYERS, WIDTH)
 STAGES, OFFSETS = ([0, 1, 2], [3, 4]), (0, 4)
 COUNTS = {"positive": 3, "negative": 2}
 
@@ -46,7 +47,7 @@ def shares(sums: dict[str, NDArray[np.float64]]) -> list[dict[str, Any]]:
 def test_two_ranks_by_two_stages_in_any_order(order: list[int], seed: int) -> None:
     sums = whole(seed)
     reports = shares(sums)
-    recorded = assemble([reports[i] for i in order], COUNTS, LAYERS, WIDTH)
+    recorded = assemble([reports[i] for i in order], COUNTS, SIZE)
     assert set(recorded) == set(COUNTS)
     for group, count in COUNTS.items():
         assert recorded[group].dtype == np.float64
@@ -55,16 +56,14 @@ def test_two_ranks_by_two_stages_in_any_order(order: list[int], seed: int) -> No
 
 def test_one_rank_and_a_group_that_nobody_asked_for() -> None:
     sums = whole()
-    recorded = assemble(
-        [share(sums, list(range(LAYERS)), 0, WIDTH)], {"positive": 3}, LAYERS, WIDTH
-    )
+    recorded = assemble([share(sums, list(range(LAYERS)), 0, WIDTH)], {"positive": 3}, SIZE)
     assert set(recorded) == {"positive"}
     assert np.array_equal(recorded["positive"], sums["positive"] / 3)
 
 
 def test_a_stage_without_layers_has_nothing_to_add() -> None:
     sums = whole()
-    recorded = assemble([*shares(sums), share(sums, [], 0, 1)], COUNTS, LAYERS, WIDTH)
+    recorded = assemble([*shares(sums), share(sums, [], 0, 1)], COUNTS, SIZE)
     assert np.array_equal(recorded["negative"], sums["negative"] / 2)
 
 
@@ -74,12 +73,12 @@ def test_a_missing_share_is_refused(missing: int) -> None:
     reports = shares(whole())
     del reports[missing]
     with pytest.raises(RuntimeError):
-        assemble(reports, COUNTS, LAYERS, WIDTH)
+        assemble(reports, COUNTS, SIZE)
 
 
 def test_no_share_at_all_is_refused() -> None:
     with pytest.raises(RuntimeError):
-        assemble([], COUNTS, LAYERS, WIDTH)
+        assemble([], COUNTS, SIZE)
 
 
 @pytest.mark.parametrize("at", range(4))
@@ -90,7 +89,7 @@ def test_a_miscounted_share_is_refused(at: int, group: str, change: int) -> None
     reports[at]["groups"][group]["count"] += change
     count = COUNTS[group]
     with pytest.raises(RuntimeError, match=rf"{count + change} of {count} prompts.*'{group}'"):
-        assemble(reports, COUNTS, LAYERS, WIDTH)
+        assemble(reports, COUNTS, SIZE)
 
 
 @pytest.mark.parametrize("at", range(4))
@@ -99,4 +98,4 @@ def test_a_share_without_a_group_is_refused(at: int, group: str) -> None:
     reports = shares(whole())
     del reports[at]["groups"][group]
     with pytest.raises(RuntimeError, match=rf"0 of {COUNTS[group]} prompts.*'{group}'"):
-        assemble(reports, COUNTS, LAYERS, WIDTH)
+        assemble(reports, COUNTS, SIZE)
