@@ -3,21 +3,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.front.adapter import Adapter
+from cna_vllm.serving.front.admission import Admission
+from cna_vllm.serving.front.guard import SteeringGuard
 from cna_vllm.serving.front.registry import Registry, ServedModel
 from cna_vllm.serving.front.store import RegistryStore, Stored, StoreError
+from cna_vllm.serving.seams.http_app import _catch_up, _names
 from cna_vllm.steering.circuit import Circuit, CircuitError, Neuron
 from cna_vllm.steering.request import SteeringError
 
@@ -148,6 +155,42 @@ def test_two_registries_see_each_others_changes(tmp_path: Path) -> None:
     assert second.adapter("off") == Adapter.parse("a@0")
     save(first.store, {"a": circuit(2)})  # type: ignore[arg-type]
     assert second.digest("circuit", "a") == circuit(2).digest and second.adapter("off") is None
+
+
+async def never(*_: Any) -> Any:
+    raise AssertionError("the guard answered by itself")
+
+
+def test_the_event_loop_reads_no_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another process wrote is read in a thread, before the guard looks at a request."""
+    here, there = registry(tmp_path), registry(tmp_path)
+    readers: list[int] = []
+    read = RegistryStore.read
+
+    def noted(store: RegistryStore) -> Stored:
+        readers.append(threading.get_ident())
+        return read(store)
+
+    monkeypatch.setattr(RegistryStore, "read", noted)
+    app = SimpleNamespace(
+        state=SimpleNamespace(
+            openai_serving_models=SimpleNamespace(
+                input_processor=SimpleNamespace(cna_admission=Admission(CnaConfig(), here))
+            )
+        )
+    )
+    seen: list[str] = []
+
+    async def vllm(scope: Any, receive: Any, send: Any) -> None:
+        seen.extend(here.names().entries)
+
+    guard = SteeringGuard(vllm, names=_names, catch_up=_catch_up)
+    save(there.store, {"a": circuit(1)})  # type: ignore[arg-type]
+    readers.clear()
+    scope = {"type": "http", "app": app, "method": "GET", "path": "/v1/models", "headers": []}
+    asyncio.run(guard(scope, never, never))
+    assert seen == ["a"]
+    assert len(readers) == 1 and readers[0] != threading.get_ident()
 
 
 def test_a_spoiled_registry_refuses_steering_and_names_no_path(tmp_path: Path) -> None:
