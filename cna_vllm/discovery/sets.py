@@ -124,10 +124,8 @@ def record_sets(llm: LLM, sets: PromptSets, method: Method, max_bytes: int) -> R
     delta: NDArray[np.float64] | None = None
     rows: SetRows | None = None
     if method.bootstrap:
-        layers = size.layers(method.layers)
-        values = record_token_rows(
-            llm, [*sets.positive, *sets.negative], layers, max_bytes=max_bytes
-        )
+        layers, both = size.layers(method.layers), [*sets.positive, *sets.negative]
+        values = record_token_rows(llm, both, layers, max_bytes=max_bytes)
         count = len(sets.positive)
         rows = SetRows(layers, values[:, :count], values[:, count:])
         delta = mean_difference(rows, size)

@@ -52,11 +52,9 @@ class Arm:
     @property
     def dose(self) -> float | None:
         """The multiplier of an arm with one circuit; 1 for the plain model, else None."""
-        if self.vectors:
+        if self.vectors or len(self.circuits) > 1:
             return None
-        if not self.circuits:
-            return 1.0
-        return self.circuits[0][1] if len(self.circuits) == 1 else None
+        return self.circuits[0][1] if self.circuits else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Columns of a row: `arm`, `circuit`, `multiplier`, `scope`, `vector`, `coefficient`.

@@ -16,7 +16,8 @@ from itertools import pairwise
 from typing import Any, TypedDict, Unpack
 
 from cna_vllm.files import parse_json
-from cna_vllm.steering.content import MAX_FILE_BYTES, Content, Packed, in_range, is_int, show
+from cna_vllm.steering.content import MAX_FILE_BYTES, Content, in_range, is_int, show
+from cna_vllm.steering.packed import Packed
 
 
 class CircuitError(ValueError):

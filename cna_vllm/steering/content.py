@@ -9,7 +9,7 @@ import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeGuard
+from typing import Any, ClassVar, Self, TypeGuard
 
 from cna_vllm.files import FileError, read_bounded, write_atomic
 
@@ -19,27 +19,6 @@ VERSION = 1
 
 ORIGIN = ("dtype", "method", "prompts", "tools", "created", "notes")
 """The fields that may be left out, and that no digest counts."""
-
-
-KindName = Literal["circuit", "vector"]
-
-
-class Packed(NamedTuple):
-    """The arguments of ``cna_load``: content without names, origin or checks, which are the front
-    end's.
-
-    Attributes:
-        kind: of the table that takes it.
-        digest: of the content.
-        layers: int32 of the machine: the layer of each neuron, or of each vector.
-        values: of a circuit int32, the index of each neuron; of vectors float32
-            [vectors, hidden_size].
-    """
-
-    kind: KindName
-    digest: str
-    layers: bytes
-    values: bytes
 
 
 class Content(ABC):

@@ -17,7 +17,8 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from cna_vllm.files import FileError, parse_json
-from cna_vllm.steering.content import MAX_FILE_BYTES, Content, Packed, in_range, is_int, show
+from cna_vllm.steering.content import MAX_FILE_BYTES, Content, in_range, is_int, show
+from cna_vllm.steering.packed import Packed
 
 Form = Literal["mlp", "residual"]
 FORMS: tuple[Form, ...] = ("mlp", "residual")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Joining the shares of all ranks and stages, or refusing to."""
+"""Two sets of prompts that can be contrasted; joining the shares of all ranks and stages, or
+refusing to."""
 
 from __future__ import annotations
 
@@ -11,12 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cna_vllm.discovery.prefill import Dimensions, assemble
+from cna_vllm.discovery.prefill import Dimensions, DiscoveryError, assemble, check_sets
 
 LAYERS, WIDTH = 5, 8
 SIZE = Dimensions(LAYERS, WIDTH)
 STAGES, OFFSETS = ([0, 1, 2], [3, 4]), (0, 4)
 COUNTS = {"positive": 3, "negative": 2}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_sets_of_equal_shares_are_the_same(times: int) -> None:
+    """For circuits and for vectors: equal shares have equal means, however often they repeat."""
+    check_sets("CAA", [[1], [2]], [[1], [2], [2]])
+    with pytest.raises(DiscoveryError, match="prompts are the same"):
+        check_sets("CAA", [[1], [2]], [[2], [1]] * times)
+    with pytest.raises(DiscoveryError, match="CAA needs at least one .* got 0 and 1"):
+        check_sets("CAA", [], [[1]])
 
 
 def whole(seed: int = 0) -> dict[str, NDArray[np.float64]]:

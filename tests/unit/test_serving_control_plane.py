@@ -22,7 +22,7 @@ from cna_vllm.serving.front.store import RegistryStore
 from cna_vllm.serving.http.control_plane import ControlError, ControlPlane
 from cna_vllm.serving.worker.table import CircuitTable
 from cna_vllm.steering.circuit import Circuit, Neuron
-from cna_vllm.steering.content import Packed
+from cna_vllm.steering.packed import Packed
 from cna_vllm.steering.vectors import VectorSet
 
 LAYERS, WIDTH = 2, 64

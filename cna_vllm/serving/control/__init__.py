@@ -11,7 +11,7 @@ from cna_vllm.serving.config import CircuitTableError, CnaConfigError
 from cna_vllm.serving.front.registry import Entry, kind_of
 from cna_vllm.serving.seams.front_end import admission_of
 from cna_vllm.steering.circuit import Circuit
-from cna_vllm.steering.content import KindName
+from cna_vllm.steering.packed import KindName
 from cna_vllm.steering.vectors import VectorSet
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from cna_vllm.serving.core.cache_keys import BlockKey, steering_key
 from cna_vllm.serving.seams.api_server import validation_error
 from cna_vllm.serving.seams.gate import keep_steering, steering_of
 from cna_vllm.serving.seams.wrapping import Original, Wrap, adding, wrap
-from cna_vllm.steering.content import KindName, Packed
+from cna_vllm.steering.packed import KindName, Packed
 from cna_vllm.steering.request import SteeringError
 
 logger = logging.getLogger("vllm.cna")

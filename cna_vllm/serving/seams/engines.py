@@ -12,7 +12,7 @@ from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.front.store import RegistryStore
 from cna_vllm.serving.seams.gate import gate_of
 from cna_vllm.serving.seams.wrapping import Original, Wrap, adding, wrap
-from cna_vllm.steering.content import Packed
+from cna_vllm.steering.packed import Packed
 
 
 def install(wrap: Wrap = wrap) -> None:

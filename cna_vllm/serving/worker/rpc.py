@@ -8,7 +8,7 @@ from typing import Any
 
 from cna_vllm.serving.config import CircuitTableError, CnaConfigError
 from cna_vllm.serving.worker.runtime import SteeringRuntime
-from cna_vllm.steering.content import KindName, Packed
+from cna_vllm.steering.packed import KindName, Packed
 
 
 def cna_load(

@@ -23,7 +23,7 @@ from cna_vllm.serving.worker.plain_mlp import hook_input
 from cna_vllm.serving.worker.recording import Recorder
 from cna_vllm.serving.worker.state import SteeringState
 from cna_vllm.serving.worker.table import CircuitTable, ResidentTable, VectorTable
-from cna_vllm.steering.content import KindName, Packed
+from cna_vllm.steering.packed import KindName, Packed
 from cna_vllm.steering.request import FIELD_RECORD, RESOLVED_FIELD
 from cna_vllm.steering.resolved import Steering
 from cna_vllm.steering.vectors import FORMS

@@ -11,7 +11,7 @@ import torch
 
 from cna_kernels import mask_width
 from cna_vllm.serving.config import CircuitTableError
-from cna_vllm.steering.content import Packed
+from cna_vllm.steering.packed import Packed
 
 
 class ResidentTable(ABC):
