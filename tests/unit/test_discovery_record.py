@@ -26,7 +26,7 @@ def test_sets_of_equal_shares_are_the_same(times: int) -> None:
     check_sets("CAA", [[1], [2]], [[1], [2], [2]])
     with pytest.raises(DiscoveryError, match="prompts are the same"):
         check_sets("CAA", [[1], [2]], [[2], [1]] * times)
-    with pytest.raises(DiscoveryError, match="CAA needs at least one .* got 0 and 1"):
+    with pytest.raises(DiscoveryError, match=r"CAA needs at least one .* got 0 and 1"):
         check_sets("CAA", [], [[1]])
 
 
