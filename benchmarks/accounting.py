@@ -25,7 +25,7 @@ from cna_vllm.serving.step_report import StepReport
 from cna_vllm.serving.worker.state import SteeringState
 from cna_vllm.serving.worker.table import CircuitTable
 from cna_vllm.steering.circuit import Circuit, Neuron
-from cna_vllm.steering.request import Steering
+from cna_vllm.steering.resolved import Steering
 
 PROMPT = 100
 

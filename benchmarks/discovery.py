@@ -57,7 +57,7 @@ def engine_jobs(args: argparse.Namespace, recording: bool) -> dict[str, Callable
     from vllm import LLM, SamplingParams, TokensPrompt
 
     from cna_vllm.discovery import discover, diverse_prompts
-    from cna_vllm.text.rendering import render
+    from cna_vllm.text.prompts import render
 
     llm = LLM(
         model=args.model,
@@ -115,7 +115,7 @@ def hook_jobs(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from cna_vllm.text.rendering import render
+    from cna_vllm.text.prompts import render
 
     torch.set_num_threads(args.threads)
     device = "cuda" if _cuda() else "cpu"

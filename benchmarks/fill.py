@@ -27,7 +27,7 @@ from provenance import provenance, record
 from cna_vllm.serving.worker.state import SteeringState
 from cna_vllm.serving.worker.table import CircuitTable
 from cna_vllm.steering.circuit import Circuit, Neuron
-from cna_vllm.steering.request import Steering
+from cna_vllm.steering.resolved import Steering
 
 WIDTH, PROMPT, MAX_TOKENS, SLOTS = 512, 100, 8192, 4
 LARGE, SHAPES = 100_000, ((32, 14336), (80, 28672))

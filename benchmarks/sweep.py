@@ -72,7 +72,7 @@ def generated(
     """Answers every prompt in every arm; returns the number of prompt tokens that were cached."""
     from vllm import SamplingParams, TokensPrompt
 
-    from cna_vllm.text.rendering import render
+    from cna_vllm.text.prompts import render
 
     tokenizer = llm.get_tokenizer()
     ids = [render(tokenizer, prompt) for prompt in prompts]

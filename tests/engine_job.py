@@ -263,8 +263,7 @@ class _Steps:
 
     def record(self, groups: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
         """Per group of token-id prompts, the mean recorded activation [layers, width]."""
-        from cna_vllm.discovery.prefill import prefill
-        from cna_vllm.discovery.record import assemble
+        from cna_vllm.discovery.prefill import Dimensions, assemble, prefill
         from cna_vllm.serving.seams.model import served_model
 
         requests = [(list(p), name) for name, prompts in groups.items() for p in prompts]
@@ -272,10 +271,9 @@ class _Steps:
         recorded = assemble(
             prefill(self.llm, requests),
             {name: len(prompts) for name, prompts in groups.items()},
-            served.num_layers,
-            served.intermediate_size,
+            Dimensions(served.num_layers, served.intermediate_size),
         )
-        return {name: mean.tolist() for name, mean in recorded.means.items()}
+        return {name: mean.tolist() for name, mean in recorded.items()}
 
     def record_among(
         self,
@@ -283,8 +281,7 @@ class _Steps:
         others: Sequence[Mapping[str, Any]],
     ) -> dict[str, Any]:
         """``record`` with other requests between the recorded ones, all in one batch."""
-        from cna_vllm.discovery.prefill import Dimensions
-        from cna_vllm.discovery.record import assemble
+        from cna_vllm.discovery.prefill import Dimensions, assemble
 
         requests = [
             {"prompt": p, "params": {"max_tokens": 1, "extra_args": {"cna_record": name}}}
@@ -300,7 +297,7 @@ class _Steps:
         size = Dimensions.of(self.llm)
         counts = {name: len(prompts) for name, prompts in recorded.items()}
         reports = self.llm.collective_rpc("cna_take_recording")
-        means = assemble(reports, counts, size.num_layers, size.intermediate_size).means
+        means = assemble(reports, counts, size)
         return {
             "means": {name: mean.tolist() for name, mean in means.items()},
             "others": [output for i, output in enumerate(outputs) if i not in at],

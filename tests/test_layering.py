@@ -20,7 +20,7 @@ ALLOWED = {
     "cna_kernels": {"cna_kernels"},
     "files": set(),
     "steering": {"files", "steering"},
-    "text": {"steering", "text"},
+    "text": {"files", "steering", "text"},
     "checkpoints": {"files", "steering", "checkpoints", "root"},
     # Of serving, by process: what all share, then one room each, then what joins them to vLLM.
     "serving": {*DATA, "serving"},

@@ -8,32 +8,31 @@ the residual stream after one layer, as CAA was published.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-import cna_vllm
 from cna_vllm.discovery.prefill import (
+    NEGATIVE,
+    POSITIVE,
     Dimensions,
     DiscoveryError,
     TokenIds,
     as_prompts,
+    assemble,
+    check_sets,
     encode,
+    origin,
     prefill,
     templated,
 )
-from cna_vllm.discovery.record import assemble
 from cna_vllm.serving.seams.offline import engine_of, gate_of_llm
 from cna_vllm.steering.vectors import FORMS, Form, VectorError, VectorSet, check_residual
-from cna_vllm.text.prompts import PromptLike, prompts_digest
+from cna_vllm.text.prompts import PromptLike
 
 if TYPE_CHECKING:
     from vllm import LLM
-
-POSITIVE, NEGATIVE = "positive", "negative"
 
 
 def discover_vectors(
@@ -63,25 +62,22 @@ def discover_vectors(
     architecture does not allow the form.
     """
     size = _dimensions(llm, form)
-    chosen = _checked_layers(form, layers, size.num_layers)
+    if form == "residual" and (layers is None or len(set(layers)) != 1):
+        raise DiscoveryError(
+            "the form 'residual' is of one layer; name it: layers=[L], often one near the middle"
+        )
+    chosen = size.layers(layers)
+    if not chosen:
+        raise DiscoveryError("no layer is left to find vectors of")
     positive, negative = as_prompts(positive, POSITIVE), as_prompts(negative, NEGATIVE)
     above = encode(llm, positive, what=POSITIVE, raw=raw, system=system)
     below = encode(llm, negative, what=NEGATIVE, raw=raw, system=system)
     difference = mean_difference(llm, above, below, form=form)
-    import torch
-    import transformers
-    import vllm
-
-    engine = engine_of(llm)
     return VectorSet(
         form=form,
-        # Of a folder only its name, so that no file tells where it was made.
-        model=Path(engine.model).resolve().name if Path(engine.model).is_dir() else engine.model,
-        architecture=engine.architecture,
         num_layers=size.num_layers,
-        hidden_size=engine.hidden_size,
+        hidden_size=difference.shape[1],
         vectors={layer: difference[layer] for layer in chosen},
-        dtype=engine.dtype,
         method={
             "name": "caa",
             "form": form,
@@ -91,18 +87,7 @@ def discover_vectors(
             "position": "last prompt token",
             "means": "float64",
         },
-        prompts={
-            "positive": len(positive),
-            "negative": len(negative),
-            "digest": prompts_digest([*positive, *negative]),
-        },
-        tools={
-            "cna_vllm": cna_vllm.__version__,
-            "vllm": vllm.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        **origin(llm, [*positive, *negative], len(positive)),
     )
 
 
@@ -119,21 +104,12 @@ def mean_difference(
     outputs; VectorError as ``discover_vectors`` does.
     """
     size = _dimensions(llm, form)
-    if not positive or not negative:
-        raise DiscoveryError(
-            f"CAA needs at least one positive and one negative prompt, got {len(positive)} and "
-            f"{len(negative)}"
-        )
-    if sorted(positive) == sorted(negative):
-        raise DiscoveryError(
-            "the positive and the negative prompts are the same; give two sets that differ in the "
-            "behaviour"
-        )
+    check_sets("CAA", positive, negative)
     requests = [(ids, POSITIVE) for ids in positive] + [(ids, NEGATIVE) for ids in negative]
     counts = {POSITIVE: len(positive), NEGATIVE: len(negative)}
     reports = prefill(llm, requests, {"what": form})
-    hidden_size = engine_of(llm).hidden_size
-    means = assemble(reports, counts, size.num_layers, hidden_size).means
+    outputs = Dimensions(size.num_layers, engine_of(llm).hidden_size)
+    means = assemble(reports, counts, outputs)
     difference: NDArray[np.float64] = means[POSITIVE] - means[NEGATIVE]
     if not np.isfinite(difference).all():
         raise DiscoveryError("activations are not finite; try --dtype float32 or bfloat16")
@@ -154,14 +130,3 @@ def _dimensions(llm: LLM, form: Form) -> Dimensions:
     if form == "residual":
         check_residual(engine_of(llm).architecture)
     return size
-
-
-def _checked_layers(form: Form, layers: Collection[int] | None, num_layers: int) -> list[int]:
-    chosen = list(range(num_layers)) if layers is None else sorted(set(layers))
-    if form == "residual" and (layers is None or len(chosen) != 1):
-        raise DiscoveryError(
-            "the form 'residual' is of one layer; name it: layers=[L], often one near the middle"
-        )
-    if not chosen or not all(0 <= layer < num_layers for layer in chosen):
-        raise DiscoveryError(f"layers {chosen} are not in 0..{num_layers - 1}")
-    return chosen

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cna_vllm.steering.arms import Arm, steering_arm
-from cna_vllm.steering.circuit import show
+from cna_vllm.steering.content import show
 from cna_vllm.steering.request import FIELD_PREFIX, FLOAT32_MAX, CircuitRequest, SteeringError
 from cna_vllm.text.prompts import PromptError
 

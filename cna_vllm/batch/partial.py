@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cna_vllm.files import write_atomic
-from cna_vllm.steering.circuit import is_int
+from cna_vllm.steering.content import is_int
 
 FORMAT, VERSION = "cna-batch-partial", 1
 SUFFIX = ".partial"

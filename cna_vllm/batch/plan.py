@@ -16,7 +16,7 @@ from typing import Any
 
 from cna_vllm.batch.reading import BatchPrompt
 from cna_vllm.steering.arms import Arm
-from cna_vllm.steering.circuit import is_int, show
+from cna_vllm.steering.content import is_int, show
 from cna_vllm.text.prompts import Prompt, PromptError, PromptLike, prompts_of
 
 GREEDY_BELOW = 1e-5  # vLLM's own limit

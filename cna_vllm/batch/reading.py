@@ -12,7 +12,7 @@ from typing import Any
 
 from cna_vllm.batch.openai_file import read_request
 from cna_vllm.steering.arms import Arm
-from cna_vllm.steering.circuit import show
+from cna_vllm.steering.content import show
 from cna_vllm.steering.misplaced import XARGS, first_sign_in_text, holds_letters
 from cna_vllm.text.prompts import (
     DEFAULT_COLUMN,

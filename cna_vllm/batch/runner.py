@@ -18,8 +18,7 @@ from cna_vllm.batch.partial import BatchError, PartialFile, partial_path
 from cna_vllm.batch.plan import Request, digests
 from cna_vllm.batch.sampling import check_requests, check_seeds, one_line, sampling_params
 from cna_vllm.serving.seams.offline import Stream, engine_of
-from cna_vllm.text.prompts import PromptError
-from cna_vllm.text.rendering import render
+from cna_vllm.text.prompts import PromptError, render
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput

@@ -12,7 +12,7 @@ from cna_vllm.batch.plan import Request
 from cna_vllm.serving.seams.offline import engine_of, make_final_only, refusals, verify
 from cna_vllm.serving.seams.platform import on_cpu
 from cna_vllm.steering.arms import Arm
-from cna_vllm.steering.circuit import show
+from cna_vllm.steering.content import show
 from cna_vllm.steering.request import FIELD_PREFIX
 from cna_vllm.text.prompts import PromptError
 

@@ -18,7 +18,6 @@ writer would need a whole file in memory; this one needs two blocks of 32 MiB, w
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -40,7 +39,7 @@ from cna_vllm.checkpoints.checkpoint import (
     open_checkpoint,
 )
 from cna_vllm.checkpoints.models import DEFAULT_MODEL, resolve_model
-from cna_vllm.files import write_atomic
+from cna_vllm.files import read_json, write_atomic
 from cna_vllm.steering.circuit import Circuit
 from cna_vllm.steering.request import FLOAT32_MAX
 
@@ -60,7 +59,6 @@ class BakeError(ValueError):
 class Baked:
     """What was written: the record in `cna_bake.json`, the files rewritten and those kept."""
 
-    folder: Path
     record: Mapping[str, Any]
     rewritten: tuple[str, ...]
     kept: tuple[str, ...]
@@ -86,7 +84,7 @@ def bake(model: str, circuit: Circuit, multiplier: float, out: str | os.PathLike
         CheckpointError: the checkpoint is quantized, not safetensors, or lacks a tensor.
         OSError: a file cannot be read or written.
     """
-    if not math.isfinite(multiplier) or abs(multiplier) > FLOAT32_MAX:
+    if not abs(multiplier) <= FLOAT32_MAX:
         raise BakeError(f"the multiplier must be finite and in float32's range, not {multiplier!r}")
     target = Path(out)
     if os.path.lexists(target):
@@ -94,35 +92,10 @@ def bake(model: str, circuit: Circuit, multiplier: float, out: str | os.PathLike
     if not target.absolute().parent.is_dir():
         raise BakeError(f"{out}: the folder {str(target.parent)!r} does not exist")
     checkpoint = open_checkpoint(resolve_model(model))
-    circuit.check_model(**{**checkpoint.dimensions, "model": model})
-    _, tensors = checkpoint.down_proj(circuit.by_layer())
-    _check_shapes(checkpoint, circuit, tensors)
-    source = _whole_folder(checkpoint)
-    record = _record(model, source, checkpoint, circuit, multiplier, tensors)
-
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
-    try:
-        rewritten = tuple(sorted(set(record["tensors"].values())))
-        kept = _copy_rest(source, work, checkpoint, rewritten)
-        layers = circuit.by_layer()
-        for file in tqdm(rewritten, desc="baking", unit="file", disable=None):
-            columns = {
-                name: layers[layer]
-                for layer, name in tensors.items()
-                if checkpoint.files[name] == file
-            }
-            _rewrite(source / file, work / file, columns, multiplier, _metadata(record))
-        circuit.save(work / record["circuit"]["file"])
-        write_atomic(work / RECORD, [json.dumps(record, indent=1, allow_nan=False), "\n"])
-        work.chmod(0o755)  # mkdtemp's folders are private to the user
-        os.rename(work, target)
-    except BaseException:
-        shutil.rmtree(work)
-        raise
-    return Baked(target, record, rewritten, kept)
-
-
-def _check_shapes(checkpoint: Checkpoint, circuit: Circuit, tensors: Mapping[int, str]) -> None:
+    _, *shape = checkpoint.dimensions.values()
+    circuit.check_model(model, *shape)
+    layers = circuit.by_layer()
+    _, tensors = checkpoint.down_proj(layers)
     for name in tensors.values():
         with checkpoint.tensor(name) as tensor:
             shape = tensor.get_shape()
@@ -131,6 +104,54 @@ def _check_shapes(checkpoint: Checkpoint, circuit: Circuit, tensors: Mapping[int
                 f"{checkpoint.model}: {name} has shape {shape}, not "
                 f"[hidden_size, {circuit.intermediate_size}]"
             )
+    source = _whole_folder(checkpoint)
+    belonging, left_out = _files(source, checkpoint)
+    of_hub = model != DEFAULT_MODEL and not Path(model).is_dir()
+    record: dict[str, Any] = {
+        "format": "cna-bake",
+        "version": 1,
+        "source": {"model": model, "revision": source.name if of_hub else None},
+        "circuit": {
+            "file": f"cna_circuit_{circuit.digest[:12]}.json",
+            "digest": circuit.digest,
+            "model": circuit.model,
+            "neurons": len(circuit),
+        },
+        "multiplier": multiplier,
+        "scope": "all",
+        "tensors": {name: checkpoint.files[name] for name in tensors.values()},
+        "left_out": left_out,
+        "tools": {
+            "cna_vllm": cna_vllm.__version__,
+            **{name: version(name) for name in ("safetensors", "torch", "transformers")},
+        },
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "earlier": _earlier(source),
+    }
+    rewritten = tuple(sorted(set(record["tensors"].values())))
+    kept = tuple(name for name in belonging if name not in (*rewritten, RECORD))
+
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
+    try:
+        for name in kept:
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            if Path(name).suffix not in WEIGHT_SUFFIXES or not _linked(source / name, work / name):
+                shutil.copyfile(source / name, work / name)
+        for file in tqdm(rewritten, desc="baking", unit="file", disable=None):
+            columns = {
+                name: layers[layer]
+                for layer, name in tensors.items()
+                if checkpoint.files[name] == file
+            }
+            _rewrite(source / file, work / file, columns, record)
+        circuit.save(work / record["circuit"]["file"])
+        write_atomic(work / RECORD, [json.dumps(record, indent=1, allow_nan=False), "\n"])
+        work.chmod(0o755)  # mkdtemp's folders are private to the user
+        os.rename(work, target)
+    except BaseException:
+        shutil.rmtree(work)
+        raise
+    return Baked(record, rewritten, kept)
 
 
 def _whole_folder(checkpoint: Checkpoint) -> Path:
@@ -152,98 +173,34 @@ def _whole_folder(checkpoint: Checkpoint) -> Path:
     return snapshot
 
 
-def _record(
-    model: str,
-    source: Path,
-    checkpoint: Checkpoint,
-    circuit: Circuit,
-    multiplier: float,
-    tensors: Mapping[int, str],
-) -> dict[str, Any]:
-    """What `cna_bake.json` holds; `earlier` are the records of bakes that the source had."""
-    of_hub = model != DEFAULT_MODEL and not Path(model).is_dir()
-    return {
-        "format": "cna-bake",
-        "version": 1,
-        "source": {"model": model, "revision": source.name if of_hub else None},
-        "circuit": {
-            "file": f"cna_circuit_{circuit.digest[:12]}.json",
-            "digest": circuit.digest,
-            "model": circuit.model,
-            "neurons": len(circuit),
-        },
-        "multiplier": multiplier,
-        "scope": "all",
-        "tensors": {name: checkpoint.files[name] for name in tensors.values()},
-        "left_out": sorted(
-            path.relative_to(source).as_posix()
-            for path in _files(source)
-            if not _belongs(path, source, checkpoint)
-        ),
-        "tools": {
-            "cna_vllm": cna_vllm.__version__,
-            **{name: version(name) for name in ("safetensors", "torch", "transformers")},
-        },
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "earlier": _earlier(source),
-    }
-
-
 def _earlier(source: Path) -> list[Any]:
     """The records of the bakes that the source has already had, the first of them first."""
     path = source / RECORD
     if not path.exists():
         return []
     try:
-        if path.stat().st_size > _MAX_RECORD_BYTES:
-            raise ValueError(f"it is larger than {_MAX_RECORD_BYTES} bytes")
-        last = json.loads(path.read_text("utf-8"))
+        last = read_json(path, _MAX_RECORD_BYTES)
         return [*last.pop("earlier"), last]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BakeError(f"{path}: is not the record of an earlier bake: {error}") from error
 
 
-def _metadata(record: Mapping[str, Any]) -> dict[str, str]:
-    """The provenance in a rewritten file, whose metadata takes strings only."""
-    return {
-        "cna_circuit_digest": record["circuit"]["digest"],
-        "cna_multiplier": repr(record["multiplier"]),
-        "cna_source_model": record["source"]["model"],
-        "cna_vllm_version": record["tools"]["cna_vllm"],
-    }
-
-
-def _files(source: Path) -> list[Path]:
-    """Every file below the folder, hidden ones and those in hidden folders apart."""
-    return sorted(
-        path
-        for path in source.rglob("*")
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(source).parts)
-    )
-
-
-def _belongs(path: Path, source: Path, checkpoint: Checkpoint) -> bool:
-    """True for weights in use and for files that are no weights and no index of other weights."""
-    name = path.relative_to(source).as_posix()
-    if path.suffix in WEIGHT_SUFFIXES:
-        return name in checkpoint.files.values()
-    return name == INDEX or not name.endswith(".index.json")
-
-
-def _copy_rest(
-    source: Path, work: Path, checkpoint: Checkpoint, rewritten: Sequence[str]
-) -> tuple[str, ...]:
-    """Copies, or links, every file that belongs to the model but is not rewritten; their names."""
-    kept = []
-    for path in _files(source):
-        name = path.relative_to(source).as_posix()
-        if name in (*rewritten, RECORD) or not _belongs(path, source, checkpoint):
+def _files(source: Path, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
+    """Files that belong to the model, and other copies of its weights or indices of such; hidden
+    ones, and those in hidden folders, are neither."""
+    belonging: list[str] = []
+    left_out: list[str] = []
+    for path in sorted(source.rglob("*")):
+        place = path.relative_to(source)
+        if not path.is_file() or any(part.startswith(".") for part in place.parts):
             continue
-        (work / name).parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix not in WEIGHT_SUFFIXES or not _linked(path, work / name):
-            shutil.copyfile(path, work / name)
-        kept.append(name)
-    return tuple(kept)
+        name = place.as_posix()
+        if path.suffix in WEIGHT_SUFFIXES:
+            ours = name in checkpoint.files.values()
+        else:
+            ours = name == INDEX or not name.endswith(".index.json")
+        (belonging if ours else left_out).append(name)
+    return belonging, sorted(left_out)
 
 
 def _linked(path: Path, target: Path) -> bool:
@@ -258,16 +215,22 @@ def _rewrite(
     path: Path,
     target: Path,
     columns: Mapping[str, Sequence[int]],
-    multiplier: float,
-    metadata: Mapping[str, str],
+    record: Mapping[str, Any],
 ) -> None:
-    """Copies a safetensors file with the `columns` of each named tensor scaled."""
+    """Copies a safetensors file with the `columns` of each named tensor scaled, and a part of the
+    record in its metadata, which takes strings only."""
     import torch
     from safetensors import safe_open
 
     with safe_open(path, "pt") as tensors, open(path, "rb") as old, open(target, "wb") as new:
         header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
-        header["__metadata__"] = {**header.get("__metadata__", {}), **metadata}
+        header["__metadata__"] = {
+            **header.get("__metadata__", {}),
+            "cna_circuit_digest": record["circuit"]["digest"],
+            "cna_multiplier": repr(record["multiplier"]),
+            "cna_source_model": record["source"]["model"],
+            "cna_vllm_version": record["tools"]["cna_vllm"],
+        }
         encoded = json.dumps(header, separators=(",", ":")).encode("utf-8")
         encoded += b" " * (-len(encoded) % 8)  # tensors stay aligned, as the format wants
         new.write(len(encoded).to_bytes(8, "little") + encoded)
@@ -279,7 +242,7 @@ def _rewrite(
             row_bytes = (last - first) // height
             step = max(1, _BLOCK // row_bytes)
             for row in range(0, height, step):
-                scaled = _scaled(tensor[row : row + step], indices, multiplier, name)
+                scaled = _scaled(tensor[row : row + step], indices, record["multiplier"], name)
                 new.seek(8 + len(encoded) + first + row * row_bytes)
                 new.write(scaled.view(torch.uint8).numpy().data)
         new.flush()

@@ -7,7 +7,6 @@ pickle-only checkpoints are refused, and so is any layout in which a name could 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cna_vllm.checkpoints.models import model_dimensions
+from cna_vllm.files import FileError, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class Checkpoint:
 
     Attributes:
         model: the folder or hub id, as the user named it.
-        dimensions: what `Circuit.check_model` takes.
+        dimensions: what `Circuit.check_model` takes, in its order.
         config: the whole configuration, and of it the part that describes the text model.
         files: tensor name -> name of the safetensors file that holds it.
         fetch: name of a file of the checkpoint -> its path on this machine.
@@ -68,22 +68,16 @@ class Checkpoint:
         Raises:
             CheckpointError: no such tensor, a damaged file, or a dtype that is not FLOATS.
         """
-        from safetensors import SafetensorError, safe_open
-
         if name not in self.files:
             raise CheckpointError(f"{self.model}: there is no tensor {name!r}")
-        path = self.fetch(self.files[name])
-        try:
-            with safe_open(path, "pt") as handle:
-                tensor = handle.get_slice(name)
-                if tensor.get_dtype() not in FLOATS:
-                    raise CheckpointError(
-                        f"{self.model}: {name} has dtype {tensor.get_dtype()}, a quantized or "
-                        f"packed one; name the checkpoint in {', '.join(FLOATS)}"
-                    )
-                yield tensor
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: {error}") from error
+        with _opened(self.fetch(self.files[name])) as handle:
+            tensor = handle.get_slice(name)
+            if tensor.get_dtype() not in FLOATS:
+                raise CheckpointError(
+                    f"{self.model}: {name} has dtype {tensor.get_dtype()}, a quantized or "
+                    f"packed one; name the checkpoint in {', '.join(FLOATS)}"
+                )
+            yield tensor
 
     def vector(self, name: str) -> torch.Tensor:
         """A one-dimensional tensor, as float32."""
@@ -178,7 +172,7 @@ def _weight_files(
         try:
             index = fetch(INDEX)
         except CheckpointError:  # of one file then; or the same reason hits that one
-            return dict.fromkeys(_names(fetch(SINGLE)), SINGLE)
+            return _single(fetch(SINGLE))
         return _from_index(model, index)
     if INDEX in files:
         names = _from_index(model, fetch(INDEX))
@@ -190,10 +184,10 @@ def _weight_files(
             raise CheckpointError(f"{model}: {INDEX} names {lost[0]}, which is not there")
         return names
     if SINGLE in files:
-        return dict.fromkeys(_names(fetch(SINGLE)), SINGLE)
+        return _single(fetch(SINGLE))
     shards = [name for name in files if name.endswith(".safetensors")]
     if len(shards) == 1 and not shards[0].startswith("adapter_"):
-        return dict.fromkeys(_names(fetch(shards[0])), shards[0])
+        return _single(fetch(shards[0]))
     if shards:
         raise CheckpointError(
             f"{model}: holds {', '.join(shards[:3])}, but neither {SINGLE} nor {INDEX}"
@@ -205,15 +199,10 @@ def _weight_files(
 
 def _from_index(model: str, path: Path) -> dict[str, str]:
     try:
-        if path.stat().st_size > _MAX_INDEX_BYTES:
-            raise CheckpointError(f"{model}: {INDEX} is larger than {_MAX_INDEX_BYTES} bytes")
-        names = json.loads(path.read_text("utf-8"))["weight_map"]
-    except (OSError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{model}: {INDEX} has no usable 'weight_map'") from error
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{model}: {INDEX} is not JSON: {error}") from error
+        index = read_json(path, _MAX_INDEX_BYTES)
+    except FileError as error:
+        raise CheckpointError(f"{model}: {INDEX} {error}") from error
+    names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names:
         raise CheckpointError(f"{model}: {INDEX} has no usable 'weight_map'")
     for file in names.values():
@@ -223,11 +212,17 @@ def _from_index(model: str, path: Path) -> dict[str, str]:
     return names
 
 
-def _names(path: Path) -> list[str]:
+def _single(path: Path) -> dict[str, str]:
+    with _opened(path) as handle:
+        return dict.fromkeys(handle.keys(), path.name)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as handle:
-            return list(handle.keys())
+            yield handle
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error

@@ -19,8 +19,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +39,8 @@ class ModelError(ValueError):
 
 def cache_dir() -> Path:
     """``$CNA_CACHE``, else ``$XDG_CACHE_HOME/cna_vllm``, else ``~/.cache/cna_vllm``."""
-    if explicit := os.environ.get("CNA_CACHE"):
-        return Path(explicit)
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg) / "cna_vllm"
-    return Path.home() / ".cache" / "cna_vllm"
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("CNA_CACHE") or Path(caches, "cna_vllm"))
 
 
 def resolve_model(name: str | None) -> str:
@@ -72,7 +67,8 @@ def default_model_path() -> Path:
     if _is_complete(target):
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    with _exclusive(cache / f".{_FOLDER}.lock"):
+    with open(cache / f".{_FOLDER}.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not _is_complete(target):
             for leftover in cache.glob(f"{_BUILD_PREFIX}*"):  # of a build that was killed
                 shutil.rmtree(leftover)
@@ -140,13 +136,6 @@ def _is_complete(target: Path) -> bool:
         return bool(json.loads((target / _MARKER).read_text("utf-8")) == _PROVENANCE)
     except (OSError, ValueError):
         return False
-
-
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    with open(path, "w", encoding="utf-8") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _build(target: Path) -> None:
@@ -224,16 +213,3 @@ def _convert(source: Path, out: Path) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-
-
-def main() -> None:
-    """``python -m cna_vllm.checkpoints.models``: build the default model and print its folder."""
-    try:
-        print(default_model_path())
-    except ModelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,7 @@ from cna_vllm.cli.ab_options import arms_of, flags, parser, sampling_of, steerin
 from cna_vllm.cli.batch_run import check_admission, check_sampling, engine_identity
 from cna_vllm.cli.interrupt import going_on
 from cna_vllm.cli.options import UsageError
-from cna_vllm.steering.circuit import show
+from cna_vllm.steering.content import show
 
 if TYPE_CHECKING:
     from cna_vllm.evaluation.answers import Answers

@@ -11,7 +11,7 @@ from typing import Any
 from cna_vllm.cli.options import OptionParser, UsageError, load_circuits, positive_int
 from cna_vllm.cli.sampling_options import add_sampling_options, sampling_fields
 from cna_vllm.steering.arms import Arm, parse_arm, steering_arm
-from cna_vllm.steering.circuit import show
+from cna_vllm.steering.content import show
 from cna_vllm.steering.request import DEFAULT_SCOPE, SCOPES
 
 _DESCRIPTION = """\

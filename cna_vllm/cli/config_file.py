@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cna_vllm.cli.usage import UsageError
-from cna_vllm.steering.circuit import show
+from cna_vllm.steering.content import show
 
 Group = tuple[str, ...]
 Actions = Mapping[str, argparse.Action]

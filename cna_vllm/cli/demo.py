@@ -115,7 +115,7 @@ def _generate(llm: LLM, jobs: Sequence[tuple[Prompt, float | None]]) -> list[Rep
     from vllm import SamplingParams, TokensPrompt
 
     from cna_vllm.steering.request import steer
-    from cna_vllm.text.rendering import render
+    from cna_vllm.text.prompts import render
 
     tokenizer = llm.get_tokenizer()
     inputs = [TokensPrompt(prompt_token_ids=render(tokenizer, prompt)) for prompt, _ in jobs]

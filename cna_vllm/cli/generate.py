@@ -16,7 +16,7 @@ from cna_vllm.cli.interrupt import going_on
 from cna_vllm.cli.options import OptionParser, UsageError, check_output, load_circuits
 from cna_vllm.cli.sampling_options import add_sampling_options, sampling_fields
 from cna_vllm.steering.arms import Arm, check_names, parse_arm, steering_arm
-from cna_vllm.steering.circuit import show
+from cna_vllm.steering.content import show
 from cna_vllm.steering.request import DEFAULT_SCOPE, SCOPES
 from cna_vllm.text.prompts import PromptError
 

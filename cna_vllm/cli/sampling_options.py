@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from cna_vllm.cli.options import OptionParser, UsageError, positive_int
-from cna_vllm.steering.circuit import show
+from cna_vllm.steering.content import show
 
 _NOTE = """\
 What is not given is vLLM's neutral value; of the model's generation_config only the stop tokens

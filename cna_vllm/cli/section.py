@@ -12,7 +12,8 @@ from typing import Any
 from cna_vllm.cli.usage import UsageError
 from cna_vllm.serving.config import CONFIG_KEY, CnaConfig
 from cna_vllm.serving.front.adapter import Adapter
-from cna_vllm.steering.circuit import Circuit, CircuitError, show
+from cna_vllm.steering.circuit import Circuit, CircuitError
+from cna_vllm.steering.content import show
 from cna_vllm.steering.request import DEFAULT_SCOPE
 
 Section = Mapping[str, Any]

@@ -13,6 +13,7 @@ from typing import Any
 from cna_vllm.checkpoints.models import resolve_model
 from cna_vllm.cli.options import OptionParser, UsageError, load_circuits, positive_int
 from cna_vllm.cli.section import loaded, merge, section_of, with_section
+from cna_vllm.files import FileError, read_json
 from cna_vllm.serving.config import CONFIG_KEY
 from cna_vllm.serving.front.adapter import Adapter
 from cna_vllm.serving.front.store import RegistryStore
@@ -21,8 +22,8 @@ from cna_vllm.serving.seams.command_line import (
     make_server_arg_parser,
     serve,
 )
-from cna_vllm.steering.circuit import Circuit, CircuitError, show
-from cna_vllm.steering.circuit_file import read_json
+from cna_vllm.steering.circuit import Circuit
+from cna_vllm.steering.content import show
 from cna_vllm.steering.request import SteeringError
 
 ADAPTERS_FILE = "adapters.json"
@@ -137,7 +138,7 @@ def _folder(folder: Path) -> dict[str, Any]:
         if path.name == ADAPTERS_FILE:
             try:
                 found = read_json(path, _MAX_ADAPTERS_BYTES)
-            except CircuitError as error:
+            except FileError as error:
                 raise UsageError(f"{path}: {error}") from error
             if not isinstance(found, Mapping):
                 raise UsageError(f"{path}: must map names to adapters")

@@ -3,16 +3,18 @@
 
 from cna_vllm.discovery.activations import record_activations
 from cna_vllm.discovery.contrast import select_neurons
-from cna_vllm.discovery.control import random_control
 from cna_vllm.discovery.discover import discover
 from cna_vllm.discovery.prefill import DiscoveryError
-from cna_vllm.discovery.record import GroupMeans, record_means
-from cna_vllm.discovery.stability import Separation, mean_signed_activation, separation
+from cna_vllm.discovery.stability import (
+    Separation,
+    mean_signed_activation,
+    random_control,
+    separation,
+)
 from cna_vllm.discovery.universal import UniversalRule, diverse_prompts
 
 __all__ = [
     "DiscoveryError",
-    "GroupMeans",
     "Separation",
     "UniversalRule",
     "discover",
@@ -20,7 +22,6 @@ __all__ = [
     "mean_signed_activation",
     "random_control",
     "record_activations",
-    "record_means",
     "select_neurons",
     "separation",
 ]

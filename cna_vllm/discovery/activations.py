@@ -52,8 +52,7 @@ def record_activations(
     Raises DiscoveryError, before anything runs, when the result would be larger than
     ``max_bytes``, a prompt does not fit into the context, or a layer does not exist.
     """
-    size = Dimensions.of(llm)
-    wanted = list(range(size.num_layers)) if layers is None else sorted(set(layers))
+    wanted = Dimensions.of(llm).layers(layers)
     ids = encode(llm, prompts, raw=raw, system=system)
     return dict(zip(wanted, record_token_rows(llm, ids, wanted, max_bytes=max_bytes), strict=True))
 
@@ -63,9 +62,6 @@ def record_token_rows(
 ) -> NDArray[np.float32]:
     """``record_activations`` of token ids: [len(layers), len(prompts), intermediate_size]."""
     size = Dimensions.of(llm)
-    outside = [layer for layer in layers if not 0 <= layer < size.num_layers]
-    if outside:
-        raise DiscoveryError(f"layers {outside} are not in 0..{size.num_layers - 1}")
     per_prompt = 4 * len(layers) * size.intermediate_size
     check_bytes(len(prompts) * per_prompt, max_bytes)
     rows = np.zeros((len(layers), len(prompts), size.intermediate_size), np.float32)

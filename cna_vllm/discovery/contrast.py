@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cna_vllm.discovery.prefill import Dimensions
 from cna_vllm.steering.circuit import Neuron
 
 Sign = Literal["both", "positive", "negative"]
@@ -49,18 +50,10 @@ def select_neurons(
     if not np.isfinite(delta).all():
         raise ValueError("activations are not finite; try --dtype float32 or bfloat16")
     num_layers, width = delta.shape
-    strength = np.abs(delta)
-    if sign == "positive":
-        strength = np.where(delta > 0, strength, 0.0)
-    elif sign == "negative":
-        strength = np.where(delta < 0, strength, 0.0)
-    if layers is not None:
-        outside = sorted(layer for layer in layers if not 0 <= layer < num_layers)
-        if outside:
-            raise ValueError(f"layers {outside} are not in 0..{num_layers - 1}")
-        kept = np.zeros(num_layers, dtype=bool)
-        kept[list(layers)] = True
-        strength = np.where(kept[:, None], strength, 0.0)
+    signed = {"both": np.abs(delta), "positive": delta, "negative": -delta}
+    kept = np.zeros(num_layers, dtype=bool)
+    kept[Dimensions(num_layers, width).layers(layers)] = True
+    strength = np.where(kept[:, None], np.maximum(signed[sign], 0.0), 0.0)
     if excluded is not None:
         strength = np.where(excluded, 0.0, strength)
     flat = strength.reshape(-1)

@@ -5,30 +5,29 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-import cna_vllm
 from cna_vllm.discovery.activations import DEFAULT_MAX_BYTES, ROUND_BYTES, record_token_rows
 from cna_vllm.discovery.contrast import Sign, select_neurons
-from cna_vllm.discovery.options import Method, Preset, Universal, resolve
+from cna_vllm.discovery.options import Method, Preset, Universal
 from cna_vllm.discovery.prefill import (
+    NEGATIVE,
+    POSITIVE,
     Dimensions,
     DiscoveryError,
     TokenIds,
     as_prompts,
+    origin,
     templated,
 )
-from cna_vllm.discovery.sets import NEGATIVE, POSITIVE, PromptSets, encode_sets, record_sets
+from cna_vllm.discovery.sets import PromptSets, encode_sets, record_sets
 from cna_vllm.discovery.stability import bootstrap as bootstrapped
 from cna_vllm.discovery.stability import mean_signed_activation, separation
 from cna_vllm.discovery.universal import UniversalRule
-from cna_vllm.serving.seams.offline import engine_of
 from cna_vllm.steering.circuit import Circuit, Neuron
 from cna_vllm.text.prompts import PromptLike, prompts_digest
 
@@ -82,14 +81,8 @@ def discover(
     context, or an option is out of range: all before the engine runs; and when no neuron differs.
     """
     positive, negative = as_prompts(positive, POSITIVE), as_prompts(negative, NEGATIVE)
-    if not positive or not negative:
-        raise DiscoveryError(
-            f"CNA needs at least one positive and one negative prompt, got {len(positive)} and "
-            f"{len(negative)}"
-        )
-    size = Dimensions.of(llm)
-    method = resolve(
-        size,
+    method = Method(
+        Dimensions.of(llm),
         preset=preset,
         fraction=fraction,
         top_k=top_k,
@@ -104,7 +97,7 @@ def discover(
         seed=seed,
     )
     sets = encode_sets(llm, positive, negative, method)
-    recorded = record_sets(llm, sets, method, size, max_bytes)
+    recorded = record_sets(llm, sets, method, max_bytes)
     select_any = partial(select_neurons, k=method.k, sign=method.sign, layers=method.layers)
     select = partial(select_any, excluded=recorded.universal)
     neurons = select(recorded.delta)
@@ -122,15 +115,22 @@ def discover(
             method, recorded.universal, select_any(recorded.delta)
         )
     if recorded.rows is not None:
-        stable = bootstrapped(recorded.rows, size, neurons, select, method.bootstrap, method.seed)
+        jaccard, frequency = bootstrapped(
+            recorded.rows, method.size, neurons, select, method.bootstrap, method.seed
+        )
         found["bootstrap"] = {
-            "resamples": stable.resamples,
+            "resamples": method.bootstrap,
             "seed": method.seed,
-            "mean_jaccard": stable.mean_jaccard,
-            # In the order of the circuit's neurons.
-            "frequency": list(stable.frequency.values()),
+            "mean_jaccard": jaccard,
+            "frequency": list(frequency.values()),
         }
-    circuit = _circuit(llm, size, neurons, found, sets)
+    circuit = Circuit(
+        num_layers=method.size.num_layers,
+        intermediate_size=method.size.intermediate_size,
+        neurons=tuple(neurons),
+        method=found,
+        **origin(llm, sets.learned, len(sets.positive)),
+    )
     if method.holdout:
         found["holdout"] = _describe_held_out(llm, circuit, sets, method)
     return replace(circuit, method=found)
@@ -140,9 +140,9 @@ def _describe_filter(
     method: Method, excluded: NDArray[np.bool_], unfiltered: Sequence[Neuron]
 ) -> dict[str, Any]:
     return {
-        "source": method.universal_source,
-        "prompts": len(method.universal),
-        "digest": prompts_digest(method.universal),
+        "source": method.source,
+        "prompts": len(method.prompts),
+        "digest": prompts_digest(method.prompts),
         "fraction": method.rule.fraction,
         "threshold": method.rule.threshold,
         "found": int(excluded.sum()),
@@ -177,43 +177,3 @@ def _scores(llm: LLM, circuit: Circuit, prompts: list[TokenIds]) -> NDArray[np.f
         rows = record_token_rows(llm, chosen, layers, max_bytes=len(chosen) * per_prompt)
         scores.append(mean_signed_activation(circuit, dict(zip(layers, rows, strict=True))))
     return np.concatenate(scores)
-
-
-def _circuit(
-    llm: LLM,
-    size: Dimensions,
-    neurons: Sequence[Neuron],
-    method: dict[str, Any],
-    sets: PromptSets,
-) -> Circuit:
-    import torch
-    import transformers
-    import vllm
-
-    engine = engine_of(llm)
-    return Circuit(
-        model=_model_name(engine.model),
-        architecture=engine.architecture,
-        num_layers=size.num_layers,
-        intermediate_size=size.intermediate_size,
-        neurons=tuple(neurons),
-        dtype=engine.dtype,
-        method=method,
-        prompts={
-            "positive": len(sets.positive),
-            "negative": len(sets.negative),
-            "digest": prompts_digest(sets.learned),
-        },
-        tools={
-            "cna_vllm": cna_vllm.__version__,
-            "vllm": vllm.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-
-
-def _model_name(model: str) -> str:
-    """A hub id as it is; of a folder only its name, so that no file tells where it was made."""
-    return Path(model).resolve().name if Path(model).is_dir() else model

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cna_vllm.discovery.contrast import SIGNS, Sign, circuit_size
@@ -38,31 +38,87 @@ PRESETS: Mapping[str, _Preset] = {
 
 @dataclass(frozen=True)
 class Method:
-    """Every parameter, resolved and in range for one model.
+    """Every parameter of ``discover``, checked, the preset's where none was given.
 
-    universal: prompts of the universal-neuron filter, empty for no filter.
+    Attributes:
+        k: how many neurons to select, of a model of this size.
+        prompts: of the universal-neuron filter, from ``source``; empty for no filter.
+
+    Raises:
+        DiscoveryError: a parameter is out of range.
     """
 
+    size: Dimensions
     preset: Preset
     fraction: float | None
-    k: int
+    top_k: int | None
     sign: Sign
-    layers: tuple[int, ...] | None
-    universal: tuple[Prompt, ...]
+    layers: Collection[int] | None
+    universal: Universal | None
     rule: UniversalRule
-    universal_source: str
     raw: bool
     system: str | None
     holdout: float
     bootstrap: int
     seed: int
+    k: int = field(init=False)
+    prompts: tuple[Prompt, ...] = field(init=False)
+    source: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise DiscoveryError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        base = PRESETS[self.preset]
+        fraction, top_k, layers = self.fraction, self.top_k, self.layers
+        if fraction is not None and top_k is not None:
+            raise DiscoveryError("give fraction or top_k, not both")
+        if fraction is None and top_k is None:
+            fraction, top_k = base.fraction, base.top_k
+        for name, share in (
+            ("fraction", fraction),
+            ("universal fraction", self.rule.fraction),
+            ("universal threshold", self.rule.threshold),
+        ):
+            if share is not None and not 0 < share <= 1:
+                raise DiscoveryError(f"{name} must be above 0 and at most 1, got {share}")
+        for name, count, least in (
+            ("top_k", top_k, 1),
+            ("bootstrap", self.bootstrap, 0),
+            ("seed", self.seed, 0),
+        ):
+            if count is not None and count < least:
+                raise DiscoveryError(f"{name} must be at least {least}, got {count}")
+        if self.sign not in SIGNS:
+            raise DiscoveryError(f"sign must be one of {', '.join(SIGNS)}, got {self.sign!r}")
+        if not 0 <= self.holdout < 1:
+            raise DiscoveryError(f"holdout must be at least 0 and below 1, got {self.holdout}")
+        if layers is None and base.skipped_layers:
+            layers = range(base.skipped_layers, self.size.num_layers)
+        if layers is not None:
+            layers = tuple(self.size.layers(layers))
+            if not layers:
+                raise DiscoveryError("no layer is left to select from")
+        if top_k is None:
+            assert fraction is not None
+            top_k = circuit_size(self.size.num_layers, self.size.intermediate_size, fraction)
+        universal = base.universal if self.universal is None else self.universal
+        prompts, source = _universal(universal)
+        for name, value in (
+            ("fraction", fraction),
+            ("layers", layers),
+            ("k", top_k),
+            ("prompts", prompts),
+            ("source", source),
+        ):
+            object.__setattr__(self, name, value)
 
     def describe(self, chat_template: bool | str) -> dict[str, Any]:
         """The circuit's provenance, JSON types only; results are added by ``discover``.
 
         chat_template: whether it was applied; see ``chat_template_used``.
         """
-        described: dict[str, Any] = {
+        differs = PRESETS[self.preset].differs
+        return {
             "name": "cna",
             "preset": self.preset,
             "fraction": self.fraction,
@@ -74,84 +130,8 @@ class Method:
             "position": "last prompt token",
             "means": "float64",
             "universal": None,
+            **({"differs": differs} if differs else {}),
         }
-        if PRESETS[self.preset].differs:
-            described["differs"] = PRESETS[self.preset].differs
-        return described
-
-
-def resolve(
-    size: Dimensions,
-    *,
-    preset: Preset,
-    fraction: float | None,
-    top_k: int | None,
-    sign: Sign,
-    layers: Collection[int] | None,
-    universal: Universal | None,
-    rule: UniversalRule,
-    raw: bool,
-    system: str | None,
-    holdout: float,
-    bootstrap: int,
-    seed: int,
-) -> Method:
-    """The preset with what was given explicitly in its place. Raises DiscoveryError."""
-    if preset not in PRESETS:
-        raise DiscoveryError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    base = PRESETS[preset]
-    if fraction is not None and top_k is not None:
-        raise DiscoveryError("give fraction or top_k, not both")
-    if fraction is None and top_k is None:
-        fraction, top_k = base.fraction, base.top_k
-    for name, share in (
-        ("fraction", fraction),
-        ("universal fraction", rule.fraction),
-        ("universal threshold", rule.threshold),
-    ):
-        if share is not None and not 0 < share <= 1:
-            raise DiscoveryError(f"{name} must be above 0 and at most 1, got {share}")
-    if top_k is not None and top_k < 1:
-        raise DiscoveryError(f"top_k must be at least 1, got {top_k}")
-    if sign not in SIGNS:
-        raise DiscoveryError(f"sign must be one of {', '.join(SIGNS)}, got {sign!r}")
-    if not 0 <= holdout < 1:
-        raise DiscoveryError(f"holdout must be at least 0 and below 1, got {holdout}")
-    if bootstrap < 0:
-        raise DiscoveryError(f"bootstrap must be at least 0, got {bootstrap}")
-    if seed < 0:
-        raise DiscoveryError(f"seed must be at least 0, got {seed}")
-    if layers is None and base.skipped_layers:
-        layers = range(base.skipped_layers, size.num_layers)
-    if layers is not None:
-        layers = tuple(sorted(set(layers)))
-        outside = [layer for layer in layers if not 0 <= layer < size.num_layers]
-        if outside:
-            raise DiscoveryError(f"layers {outside} are not in 0..{size.num_layers - 1}")
-        if not layers:
-            raise DiscoveryError("no layer is left to select from")
-    if universal is None:
-        universal = base.universal
-    prompts, source = _universal(universal)
-    k = top_k
-    if k is None:
-        assert fraction is not None
-        k = circuit_size(size.num_layers, size.intermediate_size, fraction)
-    return Method(
-        preset=preset,
-        fraction=fraction,
-        k=k,
-        sign=sign,
-        layers=layers,
-        universal=prompts,
-        rule=rule,
-        universal_source=source,
-        raw=raw,
-        system=system,
-        holdout=holdout,
-        bootstrap=bootstrap,
-        seed=seed,
-    )
 
 
 def _universal(universal: Universal) -> tuple[tuple[Prompt, ...], str]:

@@ -1,23 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts to the engine's recorder, and the shares of all ranks back."""
+"""Prompts to the engine's recorder, and the shares of all ranks back; what is known of both."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+import cna_vllm
 from cna_vllm.serving.seams.offline import engine_of, gate_of_llm
 from cna_vllm.steering.request import FIELD_RECORD
-from cna_vllm.text.prompts import Prompt, PromptError, PromptLike, prompts_of
-from cna_vllm.text.rendering import chat_template_used, render
+from cna_vllm.text.prompts import (
+    Prompt,
+    PromptError,
+    PromptLike,
+    chat_template_used,
+    prompts_digest,
+    prompts_of,
+    render,
+)
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 TokenIds = list[int]
+POSITIVE, NEGATIVE = "positive", "negative"
 
 
 class DiscoveryError(ValueError):
@@ -42,6 +56,13 @@ class Dimensions:
             )
         served = gate.registry.served
         return cls(served.num_layers, served.intermediate_size)
+
+    def layers(self, chosen: Collection[int] | None) -> list[int]:
+        """The chosen layers in order, None for all. Raises DiscoveryError: there is no such one."""
+        layers = sorted(set(range(self.num_layers) if chosen is None else chosen))
+        if outside := [layer for layer in layers if not 0 <= layer < self.num_layers]:
+            raise DiscoveryError(f"layers {outside} are not in 0..{self.num_layers - 1}")
+        return layers
 
 
 def as_prompts(prompts: Sequence[PromptLike], what: str = "") -> list[Prompt]:
@@ -109,6 +130,57 @@ def _with_system(prompt: Prompt, system: str | None) -> Prompt:
     return Prompt(messages=[{"role": "system", "content": system}, *messages])
 
 
+def check_sets(method: str, positive: Sequence[TokenIds], negative: Sequence[TokenIds]) -> None:
+    """Raises DiscoveryError unless both sets have prompts, and in other shares."""
+    if not positive or not negative:
+        raise DiscoveryError(
+            f"{method} needs at least one positive and one negative prompt, got {len(positive)} "
+            f"and {len(negative)}"
+        )
+    # Equal sets would not give 0 exactly: rounding depends on how prompts were batched.
+    if _shares(positive) == _shares(negative):
+        raise DiscoveryError(
+            "the positive and the negative prompts are the same; give two sets that differ in the "
+            "behaviour"
+        )
+
+
+def _shares(prompts: Sequence[TokenIds]) -> dict[tuple[int, ...], Fraction]:
+    """What share of its set each distinct prompt is: equal shares have equal means."""
+    counts = Counter(map(tuple, prompts))
+    return {ids: Fraction(count, len(prompts)) for ids, count in counts.items()}
+
+
+def origin(llm: LLM, prompts: Sequence[Prompt], positive: int) -> dict[str, Any]:
+    """What a circuit or a set of vectors says of its origin, as keyword arguments.
+
+    prompts: those learned from; the first ``positive`` of them are of that set.
+    """
+    import torch
+    import transformers
+    import vllm
+
+    engine = engine_of(llm)
+    return {
+        # Of a folder only its name, so that no file tells where it was made.
+        "model": Path(engine.model).resolve().name if Path(engine.model).is_dir() else engine.model,
+        "architecture": engine.architecture,
+        "dtype": engine.dtype,
+        "prompts": {
+            "positive": positive,
+            "negative": len(prompts) - positive,
+            "digest": prompts_digest(prompts),
+        },
+        "tools": {
+            "cna_vllm": cna_vllm.__version__,
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
 def prefill(
     llm: LLM,
     requests: Sequence[tuple[TokenIds, str]],
@@ -136,6 +208,31 @@ def prefill(
     )
     reports: list[dict[str, Any]] = llm.collective_rpc("cna_take_recording")
     return reports
+
+
+def assemble(
+    reports: Sequence[Mapping[str, Any]], expected: Mapping[str, int], size: Dimensions
+) -> dict[str, NDArray[np.float64]]:
+    """Group -> mean over its ``expected`` prompts, float64 of that size, of all ranks.
+
+    Raises RuntimeError when a share is missing or miscounted.
+    """
+    means: dict[str, NDArray[np.float64]] = {}
+    for group, count in expected.items():
+        mean = np.zeros((size.num_layers, size.intermediate_size))
+        for report in reports:
+            found = report["groups"].get(group, {"count": 0})
+            if found["count"] != count:
+                raise RuntimeError(
+                    f"{found['count']} of {count} prompts of group {group!r} were recorded; the "
+                    "recording is not usable"
+                )
+            shape = (len(report["layers"]), report["width"])
+            total = np.frombuffer(found["sum"], dtype=np.float64).reshape(shape)
+            mean[report["layers"], columns(report)] = total / count
+        require_all(reports, size, range(size.num_layers), f"group {group!r}")
+        means[group] = mean
+    return means
 
 
 def columns(report: Mapping[str, Any]) -> slice:

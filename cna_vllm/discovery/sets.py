@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,15 +13,22 @@ from numpy.typing import NDArray
 from cna_vllm.discovery.activations import record_token_rows
 from cna_vllm.discovery.contrast import as_written
 from cna_vllm.discovery.options import Method
-from cna_vllm.discovery.prefill import Dimensions, DiscoveryError, TokenIds, encode, prefill
-from cna_vllm.discovery.record import assemble
+from cna_vllm.discovery.prefill import (
+    NEGATIVE,
+    POSITIVE,
+    Dimensions,
+    DiscoveryError,
+    TokenIds,
+    assemble,
+    check_sets,
+    encode,
+    prefill,
+)
 from cna_vllm.discovery.universal import GROUP, ROUND_PROMPTS, membership
 from cna_vllm.text.prompts import Prompt
 
 if TYPE_CHECKING:
     from vllm import LLM
-
-POSITIVE, NEGATIVE = "positive", "negative"
 
 
 @dataclass(frozen=True)
@@ -73,13 +78,8 @@ def encode_sets(
         return encode(llm, prompts, what=what, raw=method.raw, system=method.system)
 
     above, below = ids(positive, POSITIVE), ids(negative, NEGATIVE)
-    # Equal sets would not give 0 exactly: rounding depends on how prompts were batched.
-    if _shares(above) == _shares(below):
-        raise DiscoveryError(
-            "the positive and the negative prompts are the same; give two sets that differ in the "
-            "behaviour"
-        )
-    diverse = ids(method.universal, "universal")
+    check_sets("CNA", above, below)
+    diverse = ids(method.prompts, GROUP)
     both = [*zip(positive, above, strict=True)], [*zip(negative, below, strict=True)]
     above, held_above = split(above, method.holdout, method.seed)
     below, held_below = split(below, method.holdout, method.seed)
@@ -96,12 +96,6 @@ def encode_sets(
     return PromptSets(
         above, below, diverse, held_above, held_below, learned=parts[False], held=parts[True]
     )
-
-
-def _shares(prompts: Sequence[TokenIds]) -> dict[tuple[int, ...], Fraction]:
-    """What share of its set each distinct prompt is: equal shares have equal means."""
-    counts = Counter(map(tuple, prompts))
-    return {ids: Fraction(count, len(prompts)) for ids, count in counts.items()}
 
 
 def split(
@@ -121,17 +115,19 @@ def split(
     )
 
 
-def record_sets(
-    llm: LLM, sets: PromptSets, method: Method, size: Dimensions, max_bytes: int
-) -> Recorded:
+def record_sets(llm: LLM, sets: PromptSets, method: Method, max_bytes: int) -> Recorded:
     """Prefills all prompts but those held out: in one pass, unless rows are kept for a bootstrap.
 
     max_bytes: limit of those rows.
     """
+    size = method.size
     delta: NDArray[np.float64] | None = None
     rows: SetRows | None = None
     if method.bootstrap:
-        rows = _record_rows(llm, sets, method, size, max_bytes)
+        layers, both = size.layers(method.layers), [*sets.positive, *sets.negative]
+        values = record_token_rows(llm, both, layers, max_bytes=max_bytes)
+        count = len(sets.positive)
+        rows = SetRows(layers, values[:, :count], values[:, count:])
         delta = mean_difference(rows, size)
     k = method.rule.top(size)
     members = np.zeros((size.num_layers, size.intermediate_size), dtype=np.int64)
@@ -148,7 +144,7 @@ def record_sets(
             members += membership(reports, len(diverse), k, size)
         if delta is None:
             counts = {POSITIVE: len(sets.positive), NEGATIVE: len(sets.negative)}
-            means = assemble(reports, counts, size.num_layers, size.intermediate_size).means
+            means = assemble(reports, counts, size)
             delta = means[POSITIVE] - means[NEGATIVE]
     needed = method.rule.needed(len(sets.universal))
     return Recorded(delta, members >= needed if sets.universal else None, rows)
@@ -170,12 +166,3 @@ def mean_difference(
         for prompt in np.flatnonzero(shares):  # no float64 copy of all rows
             delta[rows.layers] += sign * shares[prompt] * values[:, prompt].astype(np.float64)
     return delta
-
-
-def _record_rows(
-    llm: LLM, sets: PromptSets, method: Method, size: Dimensions, max_bytes: int
-) -> SetRows:
-    layers = list(range(size.num_layers) if method.layers is None else method.layers)
-    values = record_token_rows(llm, [*sets.positive, *sets.negative], layers, max_bytes=max_bytes)
-    count = len(sets.positive)
-    return SetRows(layers, values[:, :count], values[:, count:])

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a circuit can be trusted: held-out separation, and selection under resampled prompts."""
+"""How far a circuit can be trusted: held-out separation, selection under resampled prompts, and
+what the choice of its neurons is worth."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +16,7 @@ from scipy import stats
 from cna_vllm.discovery.activations import Activations
 from cna_vllm.discovery.prefill import Dimensions
 from cna_vllm.discovery.sets import SetRows, mean_difference
-from cna_vllm.steering.circuit import Circuit, Neuron
+from cna_vllm.steering.circuit import Circuit, CircuitError, Neuron
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,6 @@ def mean_signed_activation(circuit: Circuit, activations: Activations) -> NDArra
     return np.mean(columns, axis=0)
 
 
-@dataclass(frozen=True)
-class Stability:
-    """mean_jaccard: |A and B| / |A or B| of the circuit and a resample's, over all resamples.
-    frequency: of each neuron of the circuit, the share of resamples that select it."""
-
-    resamples: int
-    mean_jaccard: float
-    frequency: dict[tuple[int, int], float]
-
-
 def bootstrap(
     rows: SetRows,
     size: Dimensions,
@@ -65,10 +58,12 @@ def bootstrap(
     select: Callable[[NDArray[np.float64]], Sequence[Neuron]],
     resamples: int,
     seed: int,
-) -> Stability:
+) -> tuple[float, dict[tuple[int, int], float]]:
     """Repeats the selection on prompts drawn with replacement, each set from itself.
 
     select: from a delta of all layers to neurons; chosen: what it selects from all prompts.
+    Returns the mean of |A and B| / |A or B| of the circuit and a resample's; and, of each neuron
+    of the circuit in order, the share of resamples that select it.
     """
     draw = np.random.default_rng(seed)
     full = {(n.layer, n.index) for n in chosen}
@@ -86,4 +81,30 @@ def bootstrap(
         for neuron in found & full:
             hits[neuron] += 1
     frequency = {neuron: count / resamples for neuron, count in hits.items()}
-    return Stability(resamples, float(np.mean(overlaps)), frequency)
+    return float(np.mean(overlaps)), frequency
+
+
+def random_control(circuit: Circuit, seed: int = 0) -> Circuit:
+    """As many neurons in each layer as ``circuit`` has, drawn uniformly from those it has not.
+
+    Their delta is 0, since none is known, and no prompts are named, since none chose them. Raises
+    CircuitError when a layer has too few others.
+    """
+    draw = random.Random(seed)
+    neurons = []
+    for layer, taken in circuit.by_layer().items():
+        others = sorted(set(range(circuit.intermediate_size)).difference(taken))
+        if len(others) < len(taken):
+            raise CircuitError(
+                f"layer {layer} has {len(others)} neurons outside the circuit, too few for a "
+                f"control of {len(taken)}; discover a smaller circuit"
+            )
+        neurons += [Neuron(layer, index) for index in draw.sample(others, len(taken))]
+    return replace(
+        circuit,
+        neurons=tuple(neurons),
+        method={"name": "random control", "seed": seed, "of": circuit.digest},
+        prompts={},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        notes=(),
+    )

@@ -135,7 +135,7 @@ def run_ab(
         ResultError, BatchError: `out` holds answers of another test.
     """
     from cna_vllm.batch.runner import run_batch
-    from cna_vllm.text.rendering import chat_template_used, render
+    from cna_vllm.text.prompts import chat_template_used, render
 
     control = choose_control(arms, control)
     out.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cna_vllm.evaluation.answers import PromptSet
-from cna_vllm.steering.circuit import is_int, show
+from cna_vllm.steering.content import is_int, show
 from cna_vllm.steering.request import SCOPES
 from cna_vllm.text.prompts import PromptError, read_prompts
 

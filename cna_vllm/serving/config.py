@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from cna_vllm.steering.circuit import is_int
+from cna_vllm.steering.content import is_int
 from cna_vllm.steering.request import FIELD_RECORD, SteeringError
 
 CONFIG_KEY = "cna"

@@ -15,7 +15,8 @@ import secrets
 from typing import Any
 
 from cna_vllm.serving.config import SECRET_VARIABLE, CnaConfigError
-from cna_vllm.steering.request import RESOLVED_FIELD, SEAL_KEY, Steering, SteeringError
+from cna_vllm.steering.request import RESOLVED_FIELD, SEAL_KEY, SteeringError
+from cna_vllm.steering.resolved import Steering
 
 LEAST_SECRET = 16  # characters
 

@@ -3,22 +3,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from cna_vllm.steering.circuit import show
+from cna_vllm.steering.content import show
 from cna_vllm.steering.request import (
     DEFAULT_SCOPE,
     SCOPES,
-    CircuitRequest,
+    Pairs,
     SteeringError,
+    columns,
     steer,
     steer_vector,
 )
-
-Pairs = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Arm:
     """
 
     name: str
-    circuits: tuple[tuple[str, float], ...] = ()
+    circuits: Pairs = ()
     scope: str = DEFAULT_SCOPE
-    vectors: tuple[tuple[str, float], ...] = ()
+    vectors: Pairs = ()
 
     def __post_init__(self) -> None:
         self.extra_args()  # refuses what no engine would take
@@ -46,30 +46,23 @@ class Arm:
         Raises:
             SteeringError: a wrong type or value.
         """
-        if self.circuits:
-            steer(list(self.circuits), scope=self.scope)
-        if self.vectors:
-            steer_vector(list(self.vectors), scope=self.scope)
-        if not (self.circuits or self.vectors):
-            return {}
-        return CircuitRequest(self.circuits, self.scope, self.vectors).to_extra_args()
+        circuits = steer(self.circuits, scope=self.scope) if self.circuits else {}
+        return circuits | (steer_vector(self.vectors, scope=self.scope) if self.vectors else {})
 
     @property
     def dose(self) -> float | None:
         """The multiplier of an arm with one circuit; 1 for the plain model, else None."""
-        if self.vectors:
+        if self.vectors or len(self.circuits) > 1:
             return None
-        if not self.circuits:
-            return 1.0
-        return self.circuits[0][1] if len(self.circuits) == 1 else None
+        return self.circuits[0][1] if self.circuits else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Columns of a row: `arm`, `circuit`, `multiplier`, `scope`, `vector`, `coefficient`.
 
         Lists where there are several; None where there is nothing.
         """
-        circuit, multiplier = _columns(self.circuits)
-        vector, coefficient = _columns(self.vectors)
+        circuit, multiplier = columns(self.circuits) if self.circuits else (None, None)
+        vector, coefficient = columns(self.vectors) if self.vectors else (None, None)
         return {
             "arm": self.name,
             "circuit": circuit,
@@ -90,9 +83,7 @@ def steering_arm(circuits: Sequence[tuple[str, float]], scope: str = DEFAULT_SCO
     return Arm(body if scope == DEFAULT_SCOPE else f"{body}:{scope}", tuple(circuits), scope)
 
 
-def parse_steering(
-    text: str, known: Collection[str] = ()
-) -> tuple[tuple[tuple[str, float], ...], str]:
+def parse_steering(text: str, known: Collection[str] = ()) -> tuple[Pairs, str]:
     """Reads `CIRCUIT@M[+CIRCUIT@M...][:SCOPE]` as (circuit, multiplier) pairs and a scope.
 
     Args:
@@ -111,7 +102,17 @@ def parse_steering(
         raise SteeringError("arm", f"{show(text)} can be read as {one}, or as {two}; rename one")
     if found:
         return found[0], scope
-    return tuple(_pair(part, text) for part in body.split("+")), scope
+    try:
+        parts = [part.rpartition("@") for part in body.split("+")]
+        if all(name for name, _, _ in parts):
+            return tuple((name, float(number)) for name, _, number in parts), scope
+    except ValueError:
+        pass
+    raise SteeringError(
+        "arm",
+        f"{show(text)} is not CIRCUIT@M[+CIRCUIT@M...][:SCOPE], with scope one of "
+        f"{', '.join(SCOPES)}",
+    )
 
 
 def parse_arm(text: str, vectors: Collection[str] = (), circuits: Collection[str] = ()) -> Arm:
@@ -146,17 +147,9 @@ def check_names(arms: Sequence[Arm]) -> None:
     """Raises SteeringError where two arms share a name, or there is none at all."""
     if not arms:
         raise SteeringError("arm", "there is none; name at least one")
-    seen = set()
-    for arm in arms:
-        if arm.name in seen:
-            raise SteeringError("arm", f"the name {show(arm.name)} is given twice")
-        seen.add(arm.name)
-
-
-def _columns(pairs: Sequence[tuple[str, float]]) -> tuple[Any, Any]:
-    if len(pairs) == 1:
-        return pairs[0]
-    return ([n for n, _ in pairs], [x for _, x in pairs]) if pairs else (None, None)
+    for name, count in Counter(arm.name for arm in arms).items():
+        if count > 1:
+            raise SteeringError("arm", f"the name {show(name)} is given twice")
 
 
 def _readings(body: str, known: Collection[str]) -> Iterator[Pairs]:
@@ -175,17 +168,3 @@ def _readings(body: str, known: Collection[str]) -> Iterator[Pairs]:
                 yield (first,)
             else:
                 yield from ((first, *more) for more in _readings("+".join(pieces[end:]), known))
-
-
-def _pair(part: str, whole: str) -> tuple[str, float]:
-    name, _, multiplier = part.rpartition("@")
-    try:
-        if name:
-            return name, float(multiplier)
-    except ValueError:
-        pass
-    raise SteeringError(
-        "arm",
-        f"{show(whole)} is not CIRCUIT@M[+CIRCUIT@M...][:SCOPE], with scope one of "
-        f"{', '.join(SCOPES)}",
-    )

@@ -7,22 +7,17 @@ import hashlib
 import json
 import math
 import os
-import reprlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
-from cna_vllm.files import write_atomic
+from cna_vllm.files import parse_json
+from cna_vllm.steering.content import MAX_FILE_BYTES, Content, in_range, is_int, show
 from cna_vllm.steering.packed import Packed
-
-MAX_FILE_BYTES = 64 * 2**20
-MAX_LAYERS = 2**16
-MAX_INTERMEDIATE_SIZE = 2**24
 
 
 class CircuitError(ValueError):
@@ -42,8 +37,17 @@ class Neuron:
     delta: float = 0.0
 
 
+class ModelNames(TypedDict, total=False):
+    """What `Circuit.from_dict` takes of a model."""
+
+    model: str | None
+    architecture: str | None
+    num_layers: int | None
+    intermediate_size: int | None
+
+
 @dataclass(frozen=True)
-class Circuit:
+class Circuit(Content):
     """The neurons, sorted by (layer, index) and unique, and what is known about their origin.
 
     Construction validates everything, so an instance is always usable.
@@ -65,6 +69,13 @@ class Circuit:
         CircuitError: a field has a wrong type or value.
     """
 
+    FORMAT = "cna-circuit"
+    WIDTH = "intermediate_size"
+    MAX_WIDTH = 2**24
+    REQUIRED = ("model", "architecture", "num_layers", "intermediate_size", "neurons")
+    MISFIT = "circuit of {} does not fit {}; discover it in the model it shall steer"
+    Error = CircuitError
+
     model: str
     architecture: str
     num_layers: int
@@ -78,25 +89,7 @@ class Circuit:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("model", "dtype", "created"):
-            check_text(name, getattr(self, name))
-        if not self.model:
-            raise CircuitError("'model' must not be empty")
-        if not (isinstance(self.architecture, str) and self.architecture.isidentifier()):
-            raise CircuitError(
-                f"'architecture' must be a class name such as 'LlamaForCausalLM', "
-                f"not {show(self.architecture)}"
-            )
-        check_time(self.created)
-        check_size("num_layers", self.num_layers, MAX_LAYERS)
-        check_size("intermediate_size", self.intermediate_size, MAX_INTERMEDIATE_SIZE)
-        for name in ("method", "prompts", "tools"):
-            object.__setattr__(self, name, plain_json(name, getattr(self, name)))
-        if not isinstance(self.notes, list | tuple):
-            raise CircuitError(f"'notes' must be a list of strings, not {show(self.notes)}")
-        for note in self.notes:
-            check_text("notes", note)
-        object.__setattr__(self, "notes", tuple(self.notes))
+        super().__post_init__()
         neurons = _checked_neurons(self.neurons, self.num_layers, self.intermediate_size)
         object.__setattr__(self, "neurons", neurons)
 
@@ -136,27 +129,32 @@ class Circuit:
 
     def summary(self) -> str:
         """A few lines for people: model, size, where the neurons lie, origin, digest, notes."""
-        from cna_vllm.steering import circuit_summary
-
-        return circuit_summary.summarize(self)
-
-    def check_model(
-        self, model: str, architecture: str, num_layers: int, intermediate_size: int
-    ) -> None:
-        """Raises CircuitError, naming both models, unless architecture and dimensions agree."""
-        mine = (self.architecture, self.num_layers, self.intermediate_size)
-        theirs = (architecture, num_layers, intermediate_size)
-        if mine != theirs:
-            raise CircuitError(
-                f"circuit of {_describe(self.model, *mine)} does not fit "
-                f"{_describe(model, *theirs)}; discover it in the model it shall steer"
-            )
+        size, total = len(self), self.num_layers * self.intermediate_size
+        last_quarter = self.num_layers - -(-self.num_layers // 4)
+        late = sum(n.layer >= last_quarter for n in self.neurons)
+        return self._summary(
+            [
+                f"model   {self._described(self.model, *self._shape)}",
+                f"neurons {size} of {total} ({size / total:.3%}) in {len(self.by_layer())} layers, "
+                f"{late / size:.0%} in the last quarter",
+                f"sign    {sum(n.delta > 0 for n in self.neurons)} positive, "
+                f"{sum(n.delta < 0 for n in self.neurons)} negative",
+            ],
+            [
+                f"{name:7} " + ", ".join(f"{k}={_brief(json.dumps(v))}" for k, v in values.items())
+                for name, values in (("method", self.method), ("prompts", self.prompts))
+                if values
+            ],
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that `save` writes."""
-        from cna_vllm.steering import circuit_file
+        neurons = [{"layer": n.layer, "index": n.index, "delta": n.delta} for n in self.neurons]
+        return {**self._fields(), "neurons": neurons}
 
-        return circuit_file.encode(self)
+    def to_bytes(self) -> bytes:
+        """The content of the file that `save` writes: `to_dict` as JSON."""
+        return f"{json.dumps(self.to_dict(), indent=1, allow_nan=False)}\n".encode()
 
     @classmethod
     def from_dict(
@@ -178,39 +176,48 @@ class Circuit:
         """
         from cna_vllm.steering import circuit_file
 
-        return circuit_file.decode(data, model, architecture, num_layers, intermediate_size)
+        given = {
+            "model": model,
+            "architecture": architecture,
+            "num_layers": num_layers,
+            "intermediate_size": intermediate_size,
+        }
+        if not isinstance(data, dict):
+            raise CircuitError(f"must be a JSON object, not {show(data)}")
+        if "format" not in data and "version" not in data:
+            neurons, notes = circuit_file.foreign(data)
+            if missing := [name for name, value in given.items() if value is None]:
+                raise CircuitError(
+                    f"does not say which model it is of; pass {', '.join(missing)}, "
+                    "or convert it once: cna-vllm inspect FILE --model MODEL --save OUT.json"
+                )
+            return cls(**given, neurons=tuple(neurons), notes=tuple(notes))  # type: ignore[arg-type]
+        if "neurons" in data:
+            data = {**data, "neurons": circuit_file.own(data["neurons"])}
+        circuit = cls._of_fields(data)
+        for name, value in given.items():
+            if name != "model" and value is not None and value != getattr(circuit, name):
+                raise CircuitError(
+                    f"{name!r} is {getattr(circuit, name)!r} in the circuit of {circuit.model!r} "
+                    f"but {value!r} in the model {model or 'it shall steer'!r}; discover it in "
+                    "that model"
+                )
+        return circuit
 
     @classmethod
     def load(
         cls,
         path: str | os.PathLike[str],
         *,
-        model: str | None = None,
-        architecture: str | None = None,
-        num_layers: int | None = None,
-        intermediate_size: int | None = None,
         max_bytes: int = MAX_FILE_BYTES,
+        **model: Unpack[ModelNames],
     ) -> Circuit:
         """Reads and validates a circuit file of at most `max_bytes` bytes; see `from_dict`.
 
         Raises:
             CircuitError: one line that starts with the file's name.
         """
-        from cna_vllm.steering import circuit_file
-
-        try:
-            data = circuit_file.read_json(path, max_bytes)
-            return circuit_file.decode(data, model, architecture, num_layers, intermediate_size)
-        except CircuitError as error:
-            raise CircuitError(f"{os.fspath(path)}: {error}") from error
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the circuit file atomically: readers see the old file or the whole new one.
-
-        Raises:
-            OSError: the folder does not exist or cannot be written.
-        """
-        write_atomic(path, [json.dumps(self.to_dict(), indent=1, allow_nan=False), "\n"])
+        return cls._load(path, max_bytes, lambda raw: cls.from_dict(parse_json(raw), **model))
 
 
 def shared_neurons(circuits: Iterable[Circuit]) -> int:
@@ -218,53 +225,6 @@ def shared_neurons(circuits: Iterable[Circuit]) -> int:
     same request, such a neuron gets the product of their multipliers."""
     seen = Counter((n.layer, n.index) for circuit in circuits for n in circuit.neurons)
     return sum(count > 1 for count in seen.values())
-
-
-def show(value: object) -> str:
-    """`value` for an error message: short, on one line, whatever it is."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # an integer over the interpreter's limit of digits
-        return f"a huge {type(value).__name__}"
-
-
-def is_int(value: object) -> bool:
-    """True for int but not for bool, which JSON keeps apart and Python does not."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def check_text(name: str, value: object) -> None:
-    # Printable, so that messages and tables that quote it stay on one line.
-    if not isinstance(value, str) or not value.isprintable():
-        raise CircuitError(f"{name!r} must be printable text on one line, not {show(value)}")
-
-
-def check_time(created: str) -> None:
-    try:
-        if created:
-            datetime.fromisoformat(created)
-    except ValueError:
-        raise CircuitError(f"'created' must be an ISO 8601 time, not {show(created)}") from None
-
-
-def _describe(model: str, architecture: str, num_layers: int, intermediate_size: int) -> str:
-    return f"{model!r} ({architecture}, {num_layers} layers, intermediate size {intermediate_size})"
-
-
-def check_size(name: str, value: object, limit: int) -> None:
-    if not is_int(value) or not 1 <= value <= limit:  # type: ignore[operator]
-        raise CircuitError(f"{name!r} must be an integer from 1 to {limit}, not {show(value)}")
-
-
-def plain_json(name: str, value: object) -> dict[str, Any]:
-    """A deep copy of JSON types only, so that it equals what a file or another process gives."""
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise CircuitError(f"{name!r} must be an object with string keys")
-    try:
-        plain: dict[str, Any] = json.loads(json.dumps(dict(value), allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CircuitError(f"{name!r} cannot be written as JSON: {error}") from error
-    return plain
 
 
 def _checked_neurons(
@@ -279,7 +239,7 @@ def _checked_neurons(
             ("layer", neuron.layer, num_layers),
             ("index", neuron.index, intermediate_size),
         ):
-            if not is_int(value) or not 0 <= value < limit:
+            if not in_range(value, 0, limit - 1):
                 raise CircuitError(
                     f"{where}: {name!r} must be an integer from 0 to {limit - 1}, not {show(value)}"
                 )
@@ -299,9 +259,13 @@ def checked_delta(where: str, value: object) -> float:
     """Raises CircuitError, naming `where`, unless `value` is a finite number."""
     try:
         if isinstance(value, float) or is_int(value):
-            delta = float(value)  # type: ignore[arg-type]
+            delta = float(value)
             if math.isfinite(delta):
                 return delta + 0.0  # -0.0 and 0.0 are equal, so they must not differ in the digest
     except OverflowError:
         pass
     raise CircuitError(f"{where}: 'delta' must be a finite number, not {show(value)}")
+
+
+def _brief(text: str, limit: int = 100) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

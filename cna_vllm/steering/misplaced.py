@@ -16,11 +16,11 @@ import difflib
 import json
 import re
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from cna_vllm.steering.circuit import show
-from cna_vllm.steering.request_fields import (
+from cna_vllm.steering.content import show
+from cna_vllm.steering.request import (
     FIELD_PREFIX,
     FIELD_RECORD,
     FIELDS,
@@ -176,7 +176,7 @@ def _twice(path: Path, pairs: Pairs, own: bool) -> SteeringError | None:
         once = not own and (key in _ONCE or key.startswith(FIELD_PREFIX))
         if once and key in seen and seen[key] != value:
             return SteeringError(
-                _joined((*path, _shown(key))), "is there twice, with different values; send one"
+                ".".join((*path, _shown(key))), "is there twice, with different values; send one"
             )
         seen[key] = value
     return None
@@ -190,13 +190,13 @@ def _boolean(key: str, value: Any) -> SteeringError | None:
 
 
 def _error(path: Path, key: str, value: Any, place: Path | None, own: bool) -> SteeringError:
-    field = _joined((*path, _shown(key)))
+    field = ".".join((*path, _shown(key)))
     if key in (RESOLVED_FIELD, FIELD_RECORD):
         return SteeringError(field, "is set by the server only; remove it")
     if place is None:
         return SteeringError(field, "nothing here is steered by fields; remove it")
-    where = f"is in {_joined(path)}" if path else "is at the top level of the body"
-    target = _joined(place) or "extra_args itself"
+    where = f"is in {'.'.join(path)}" if path else "is at the top level of the body"
+    target = ".".join(place) or "extra_args itself"
     if own:
         return SteeringError(
             field,
@@ -228,10 +228,6 @@ def _example(place: Path, field: str, value: Any) -> str:
     for key in reversed(place):
         example = f'{{"{key}": {example}}}'
     return example
-
-
-def _joined(path: Iterable[str]) -> str:
-    return ".".join(path)
 
 
 def _shown(key: str) -> str:

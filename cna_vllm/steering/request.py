@@ -1,68 +1,244 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steering as a request carries it: from and to the flat fields of `SamplingParams.extra_args`.
+"""Steering as a client asks for it: the flat fields of `SamplingParams.extra_args`, with names.
 
-Two forms: `CircuitRequest` holds the names a client wrote, `Steering` the content digests they
-stood for at admission. Only the second one decides what is computed and what the KV cache may
-share, so a name that is later given to another circuit changes nothing for running requests.
+Circuits with multipliers and vectors with coefficients are both a pair of fields that hold a name
+and a number, or two lists of equal length; one scope serves all that a request names. What the
+names stood for at admission is `resolved.Steering`.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
-from cna_vllm.steering.circuit import show
-from cna_vllm.steering.request_fields import (
-    CIRCUITS,
-    DEFAULT_SCOPE,
-    FIELD_CIRCUIT,
-    FIELD_COEFFICIENT,
-    FIELD_MULTIPLIER,
-    FIELD_PREFIX,
-    FIELD_RECORD,
-    FIELD_SCOPE,
-    FIELD_VECTOR,
-    FIELDS,
-    FLOAT32_MAX,
-    MAX_NAME_LENGTH,
-    RESOLVED_FIELD,
-    SCOPES,
-    SEAL_KEY,
-    VECTORS,
-    Kind,
-    Pairs,
-    SteeringError,
-    checked_scope,
-    own_fields,
-)
+from cna_vllm.steering.content import show
 
-__all__ = [
-    "DEFAULT_SCOPE",
-    "FIELDS",
-    "FIELD_CIRCUIT",
-    "FIELD_COEFFICIENT",
-    "FIELD_MULTIPLIER",
-    "FIELD_PREFIX",
-    "FIELD_RECORD",
-    "FIELD_SCOPE",
-    "FIELD_VECTOR",
-    "FLOAT32_MAX",
-    "MAX_NAME_LENGTH",
-    "RESOLVED_FIELD",
-    "SCOPES",
-    "SEAL_KEY",
-    "CircuitRequest",
-    "Steering",
-    "SteeringError",
-    "resolve",
-    "steer",
-    "steer_vector",
-    "to_float32",
-]
+FIELD_PREFIX = "cna_"
+FIELD_CIRCUIT = "cna_circuit"
+FIELD_MULTIPLIER = "cna_multiplier"
+FIELD_VECTOR = "cna_vector"
+FIELD_COEFFICIENT = "cna_coefficient"
+FIELD_SCOPE = "cna_scope"
+FIELD_RECORD = "cna_record"  # discovery only; admission takes it out before parsing
+RESOLVED_FIELD = "cna_resolved"  # what admission puts in the place of the client's fields
+SEAL_KEY = "seal"  # of its value: proof that admission wrote it
+SCOPES = ("last", "all", "generated")
+DEFAULT_SCOPE = "last"
+MAX_NAME_LENGTH = 128
+FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
+
+FIELDS = (FIELD_CIRCUIT, FIELD_MULTIPLIER, FIELD_VECTOR, FIELD_COEFFICIENT, FIELD_SCOPE)
 
 NO_LIMIT = 2**31
+
+Pairs = tuple[tuple[str, float], ...]
+
+
+class SteeringError(ValueError):
+    """A request that cannot be steered as it asks: one line with the field and the fix.
+
+    Attributes:
+        field: the request field at fault, for example `cna_multiplier`.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.problem)  # it crosses process borders
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of steering: what it is called, what its number is called, the two fields, and the
+    function of `cna_vllm.serving.control` that lets an engine hold one under a name."""
+
+    noun: str
+    number: str
+    name_field: str
+    number_field: str
+    loader: str
+
+    def given(self, names: str | Sequence[tuple[str, float]], number: Any) -> list[Any]:
+        """The pairs of one name and its number, or of a list of them, unchecked.
+
+        Raises SteeringError where the arguments have neither form.
+        """
+        if isinstance(names, str):
+            if number is None:
+                raise SteeringError(
+                    self.number_field, f"missing; give one for {self.noun} {show(names)}"
+                )
+            return [(names, number)]
+        self._refuse_content(names)
+        if number is not None:
+            raise SteeringError(
+                self.number_field,
+                f"give either (name, {self.number}) pairs or one name and {self.number}",
+            )
+        if not isinstance(names, list | tuple):
+            raise SteeringError(
+                self.name_field,
+                f"must be a name or a list of (name, {self.number}) pairs, not {show(names)}",
+            )
+        for pair in names:
+            if not isinstance(pair, list | tuple) or len(pair) != 2:
+                raise SteeringError(
+                    self.name_field, f"{show(pair)} is not a (name, {self.number}) pair"
+                )
+        return list(names)
+
+    def write(self, pairs: Pairs) -> dict[str, Any]:
+        """The fields `parse` reads back: scalars for one pair, else flat lists."""
+        return dict(zip((self.name_field, self.number_field), columns(pairs), strict=True))
+
+    def pairs(self, fields: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+        """The (name, number) pairs of fields that `parse` has taken."""
+        names, numbers = fields.get(self.name_field, ()), fields.get(self.number_field, ())
+        return [(names, numbers)] if isinstance(names, str) else [*zip(names, numbers, strict=True)]
+
+    def parse(self, fields: Mapping[str, Any], *, limit: float, most: int) -> Pairs:
+        """The (name, number) pairs of a request.
+
+        limit: largest absolute value of a number. most: how many pairs there may be.
+        Raises SteeringError for anything else than two well-formed fields.
+        """
+        both = (self.name_field, self.number_field)
+        for field, other in (both, both[::-1]):
+            if field not in fields:
+                present = other if other in fields else FIELD_SCOPE
+                raise SteeringError(field, f"missing, but {present} is there; give both or neither")
+        names, values = fields[self.name_field], fields[self.number_field]
+        single = not isinstance(names, list | tuple)
+        if isinstance(values, list | tuple) is single:
+            raise SteeringError(
+                self.number_field,
+                f"is a list, but {self.name_field} is not; make both lists"
+                if single
+                else f"must be a list of {len(names)} numbers, one for each {self.noun}",
+            )
+        if single:
+            return self.checked([(names, values)], limit, most)
+        if len(names) != len(values):
+            raise SteeringError(
+                self.number_field,
+                f"{len(values)} {self.number}s for {len(names)} {self.noun}s; "
+                "the lists must be of equal length",
+            )
+        return self.checked([*zip(names, values, strict=True)], limit, most)
+
+    def checked(self, pairs: list[Any], limit: float = FLOAT32_MAX, most: int = NO_LIMIT) -> Pairs:
+        """Raises SteeringError for a wrong name or number, and for none or too many pairs."""
+        if not pairs:
+            raise SteeringError(
+                self.name_field, f"is an empty list; name a {self.noun} or omit the field"
+            )
+        if len(pairs) > most:
+            raise SteeringError(
+                self.name_field, f"{len(pairs)} {self.noun}s on one request; at most {most}"
+            )
+        return tuple((self.checked_name(n), self.checked_number(x, limit)) for n, x in pairs)
+
+    def checked_name(self, name: Any) -> str:
+        """Raises SteeringError unless ``name`` is a text that can name something."""
+        self._refuse_content(name)
+        if not isinstance(name, str):
+            raise SteeringError(self.name_field, f"must be a {self.noun}'s name, not {show(name)}")
+        if not 1 <= len(name) <= MAX_NAME_LENGTH:
+            raise SteeringError(
+                self.name_field, f"a name has 1 to {MAX_NAME_LENGTH} characters, not {len(name)}"
+            )
+        return name
+
+    def checked_number(self, value: Any, limit: float) -> float:
+        """Raises SteeringError unless ``value`` is finite and, like its float32, within limits."""
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise SteeringError(self.number_field, f"must be a number, not {show(value)}")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise SteeringError(self.number_field, f"must be finite, not {show(value)}")
+        limit = min(limit, FLOAT32_MAX)
+        if abs(number) > limit:
+            raise SteeringError(
+                self.number_field, f"{number:g} is over the limit; use -{limit:g} to {limit:g}"
+            )
+        return number
+
+    def _refuse_content(self, value: Any) -> None:
+        if hasattr(value, "check_model"):
+            raise SteeringError(
+                self.name_field,
+                f"takes the name of a {self.noun} that the engine holds, not a "
+                f"{type(value).__name__}; give it one first: {self.loader}(llm, NAME, "
+                f"{self.noun}), of cna_vllm.serving.control",
+            )
+
+
+CIRCUITS = Kind("circuit", "multiplier", FIELD_CIRCUIT, FIELD_MULTIPLIER, "load_circuit")
+VECTORS = Kind("vector", "coefficient", FIELD_VECTOR, FIELD_COEFFICIENT, "load_vectors")
+
+
+@dataclass(frozen=True)
+class CircuitRequest:
+    """Which circuits and vectors, by name, with which multipliers and coefficients, and where."""
+
+    circuits: Pairs = ()
+    scope: str = DEFAULT_SCOPE
+    vectors: Pairs = ()
+
+    @classmethod
+    def from_extra_args(
+        cls,
+        extra_args: Mapping[str, Any] | None,
+        *,
+        max_multiplier: float = FLOAT32_MAX,
+        max_circuits: int = NO_LIMIT,
+        max_vectors: int = NO_LIMIT,
+    ) -> CircuitRequest | None:
+        """Parses a client's fields; `None` where no field starts with `cna_`.
+
+        Args:
+            max_multiplier: largest absolute value of a multiplier or coefficient.
+            max_circuits: most circuits on one request.
+            max_vectors: most vectors on one request.
+
+        Raises:
+            SteeringError: anything else than well-formed steering. Nothing is corrected silently.
+        """
+        mine = {
+            k: v
+            for k, v in (extra_args or {}).items()
+            if isinstance(k, str) and k.startswith(FIELD_PREFIX)
+        }
+        if not mine:
+            return None
+        for name in mine:
+            if name not in FIELDS:
+                raise SteeringError(name, _unknown(name))
+        circuits: Pairs = ()
+        vectors: Pairs = ()
+        if FIELD_VECTOR in mine or FIELD_COEFFICIENT in mine:
+            vectors = VECTORS.parse(mine, limit=max_multiplier, most=max_vectors)
+        if FIELD_CIRCUIT in mine or FIELD_MULTIPLIER in mine or not vectors:
+            circuits = CIRCUITS.parse(mine, limit=max_multiplier, most=max_circuits)
+        return cls(circuits, checked_scope(mine.get(FIELD_SCOPE, DEFAULT_SCOPE)), vectors)
+
+    def to_extra_args(self) -> dict[str, Any]:
+        """The fields `from_extra_args` reads back: scalars for one circuit, else flat lists."""
+        return {
+            **(CIRCUITS.write(self.circuits) if self.circuits or not self.vectors else {}),
+            **(VECTORS.write(self.vectors) if self.vectors else {}),
+            FIELD_SCOPE: self.scope,
+        }
 
 
 def steer(
@@ -83,7 +259,8 @@ def steer(
     Raises:
         SteeringError: a wrong type or value. Limits of the engine are checked at admission.
     """
-    return _fields(CIRCUITS, circuit, multiplier, scope)
+    circuits = CIRCUITS.checked(CIRCUITS.given(circuit, multiplier))
+    return CircuitRequest(circuits, checked_scope(scope)).to_extra_args()
 
 
 def steer_vector(
@@ -105,158 +282,25 @@ def steer_vector(
     Raises:
         SteeringError: a wrong type or value. Limits of the engine are checked at admission.
     """
-    return _fields(VECTORS, vector, coefficient, scope)
+    vectors = VECTORS.checked(VECTORS.given(vector, coefficient))
+    return CircuitRequest((), checked_scope(scope), vectors).to_extra_args()
 
 
-def _fields(
-    kind: Kind, names: str | Sequence[tuple[str, float]], number: float | None, scope: str
-) -> dict[str, Any]:
-    fields = {**kind.fields_of(names, number), FIELD_SCOPE: scope}
-    CircuitRequest.from_extra_args(fields, max_multiplier=FLOAT32_MAX, max_circuits=NO_LIMIT)
-    return fields
+def columns(pairs: Pairs) -> tuple[Any, Any]:
+    """Names and numbers: of one pair as they are, else two lists."""
+    return pairs[0] if len(pairs) == 1 else ([n for n, _ in pairs], [x for _, x in pairs])
 
 
-@dataclass(frozen=True)
-class CircuitRequest:
-    """Which circuits and vectors, by name, with which multipliers and coefficients, and where."""
-
-    circuits: Pairs = ()
-    scope: str = DEFAULT_SCOPE
-    vectors: Pairs = ()
-
-    @classmethod
-    def from_extra_args(
-        cls,
-        extra_args: Mapping[str, Any] | None,
-        *,
-        max_multiplier: float,
-        max_circuits: int,
-        max_vectors: int = NO_LIMIT,
-    ) -> CircuitRequest | None:
-        """Parses a client's fields; `None` where no field starts with `cna_`.
-
-        Args:
-            max_multiplier: largest absolute value of a multiplier or coefficient.
-            max_circuits: most circuits on one request.
-            max_vectors: most vectors on one request.
-
-        Raises:
-            SteeringError: anything else than well-formed steering. Nothing is corrected silently.
-        """
-        mine = own_fields(extra_args)
-        if not mine:
-            return None
-        circuits: Pairs = ()
-        vectors: Pairs = ()
-        if VECTORS.is_in(mine):
-            vectors = VECTORS.parse(mine, limit=max_multiplier, most=max_vectors)
-        if CIRCUITS.is_in(mine) or not vectors:
-            circuits = CIRCUITS.parse(mine, limit=max_multiplier, most=max_circuits)
-        return cls(circuits, checked_scope(mine.get(FIELD_SCOPE, DEFAULT_SCOPE)), vectors)
-
-    def to_extra_args(self) -> dict[str, Any]:
-        """The fields `from_extra_args` reads back: scalars for one circuit, else flat lists."""
-        return {
-            **(CIRCUITS.write(self.circuits) if self.circuits or not self.vectors else {}),
-            **(VECTORS.write(self.vectors) if self.vectors else {}),
-            FIELD_SCOPE: self.scope,
-        }
+def checked_scope(scope: Any) -> str:
+    """Raises SteeringError unless ``scope`` is one of `SCOPES`."""
+    if isinstance(scope, str) and scope in SCOPES:
+        return scope
+    raise SteeringError(FIELD_SCOPE, f"must be one of {', '.join(SCOPES)}, not {show(scope)}")
 
 
-@dataclass(frozen=True)
-class Steering:
-    """Resolved steering: sorted (content digest, float32 number) pairs, and a scope.
-
-    Attributes:
-        pairs: circuits with multipliers other than 1.
-        vectors: vectors with coefficients other than 0, added in this order.
-    """
-
-    pairs: Pairs
-    scope: str = DEFAULT_SCOPE
-    vectors: Pairs = ()
-
-    @property
-    def digests(self) -> tuple[str, ...]:
-        """Everything it needs a worker to hold."""
-        return tuple(digest for digest, _ in (*self.pairs, *self.vectors))
-
-    def to_field(self) -> dict[str, Any]:
-        """The value of `cna_resolved`: JSON and msgpack types only."""
-        field: dict[str, Any] = {"circuits": [list(p) for p in self.pairs], "scope": self.scope}
-        return {**field, "vectors": [list(p) for p in self.vectors]} if self.vectors else field
-
-    @classmethod
-    def from_field(cls, value: Any) -> Steering:
-        """Reads what `to_field` wrote; a seal beside it is not looked at.
-
-        Raises:
-            SteeringError: the value has another shape.
-        """
-        optional = {"vectors", SEAL_KEY}
-        if not isinstance(value, Mapping) or set(value) - optional != {"circuits", "scope"}:
-            raise SteeringError(RESOLVED_FIELD, f"malformed: {show(value)}")
-        pairs = _resolved_pairs(CIRCUITS, value["circuits"])
-        vectors = _resolved_pairs(VECTORS, value.get("vectors", ()))
-        if not pairs and not vectors:
-            raise SteeringError(RESOLVED_FIELD, "malformed: steers nothing")
-        return cls(pairs, checked_scope(value["scope"]), vectors)
-
-    def first_position(self, prompt_len: int) -> int:
-        """First steered absolute position; `prompt_len` counts the original prompt's tokens."""
-        if self.scope == "all":
-            return 0
-        return prompt_len if self.scope == "generated" else prompt_len - 1
-
-    def cache_key(self, first_position: int) -> str:
-        """Equal for two requests only if they steer every position from the first one on alike."""
-        circuits = ",".join(f"{digest}*{m.hex()}" for digest, m in self.pairs)
-        vectors = "".join(f"+{digest}*{c.hex()}" for digest, c in self.vectors)
-        return f"cna:{self.scope}@{first_position}:{circuits}{vectors}"
-
-
-def resolve(
-    request: CircuitRequest,
-    lookup: Callable[[str], str],
-    lookup_vector: Callable[[str], str] | None = None,
-) -> Steering | None:
-    """Names to digests, in the canonical form that equal steering shares.
-
-    Numbers are rounded to float32, the precision the kernels apply; circuits whose multiplier is
-    then exactly 1, and vectors whose coefficient is 0, are dropped. `None` means a plain request.
-
-    Args:
-        lookup: digest of a circuit's current content; what it raises for an unknown name is
-            passed on, also for a circuit whose multiplier is 1.
-        lookup_vector: the same of a vector; None where the engine has none.
-    """
-    if request.vectors and lookup_vector is None:
-        raise SteeringError(
-            FIELD_VECTOR, "this engine was started without vectors; start it with cna.max_vectors"
-        )
-    pairs = [(lookup(name), to_float32(multiplier)) for name, multiplier in request.circuits]
-    vectors = [
-        (lookup_vector(name), to_float32(coefficient))
-        for name, coefficient in request.vectors
-        if lookup_vector is not None
-    ]
-    steered = tuple(sorted(pair for pair in pairs if pair[1] != 1.0))
-    added = tuple(sorted(pair for pair in vectors if pair[1] != 0.0))
-    return Steering(steered, request.scope, added) if steered or added else None
-
-
-def _resolved_pairs(kind: Kind, entries: Any) -> Pairs:
-    if not isinstance(entries, list | tuple):
-        raise SteeringError(RESOLVED_FIELD, f"malformed {kind.noun}s: {show(entries)}")
-    pairs = []
-    for entry in entries:
-        if not isinstance(entry, list | tuple) or len(entry) != 2:
-            raise SteeringError(RESOLVED_FIELD, f"malformed pair: {show(entry)}")
-        pairs.append((kind.checked_name(entry[0]), kind.checked_number(entry[1], FLOAT32_MAX)))
-    return tuple(pairs)
-
-
-def to_float32(value: float) -> float:
-    """The nearest float32, the precision that kernels apply; never -0.0."""
-    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
-    return rounded + 0.0  # -0.0 ablates like 0.0 and must share its cache key
+def _unknown(name: str) -> str:
+    if name in (RESOLVED_FIELD, FIELD_RECORD):
+        return "is set by the server only; remove it"
+    close = difflib.get_close_matches(name[:MAX_NAME_LENGTH], FIELDS, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(FIELDS)}"
+    return f"unknown field; {hint}"

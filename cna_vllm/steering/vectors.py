@@ -16,30 +16,14 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from cna_vllm.files import write_atomic
-from cna_vllm.steering.circuit import (
-    MAX_LAYERS,
-    CircuitError,
-    check_size,
-    check_text,
-    check_time,
-    is_int,
-    plain_json,
-    show,
-)
-from cna_vllm.steering.circuit_file import parse_json
+from cna_vllm.files import FileError, parse_json
+from cna_vllm.steering.content import MAX_FILE_BYTES, Content, in_range, is_int, show
 from cna_vllm.steering.packed import Packed
 
 Form = Literal["mlp", "residual"]
 FORMS: tuple[Form, ...] = ("mlp", "residual")
 
-FORMAT = "cna-vectors"
-VERSION = 1
-MAX_FILE_BYTES = 64 * 2**20
-MAX_HIDDEN_SIZE = 2**20
 _METADATA = "cna_vectors"
-_REQUIRED = ("form", "model", "architecture", "num_layers", "hidden_size")
-_OPTIONAL = ("dtype", "method", "prompts", "tools", "created", "notes")
 
 RESIDUAL_ARCHITECTURES = frozenset(
     {
@@ -60,7 +44,7 @@ class VectorError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class VectorSet:
+class VectorSet(Content):
     """What one coefficient multiplies: a vector for each of some layers of one model.
 
     Attributes:
@@ -76,6 +60,13 @@ class VectorSet:
     Raises:
         VectorError: a field has a wrong type or value.
     """
+
+    FORMAT = "cna-vectors"
+    WIDTH = "hidden_size"
+    MAX_WIDTH = 2**20
+    REQUIRED = ("form", "model", "architecture", "num_layers", "hidden_size")
+    MISFIT = "vectors of {} do not fit {}; discover them in the model they shall steer"
+    Error = VectorError
 
     form: Form
     model: str
@@ -93,23 +84,7 @@ class VectorSet:
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise VectorError(f"'form' must be one of {', '.join(FORMS)}, not {show(self.form)}")
-        try:
-            for name in ("model", "architecture", "dtype", "created"):
-                check_text(name, getattr(self, name))
-            check_time(self.created)
-            check_size("num_layers", self.num_layers, MAX_LAYERS)
-            check_size("hidden_size", self.hidden_size, MAX_HIDDEN_SIZE)
-            for name in ("method", "prompts", "tools"):
-                object.__setattr__(self, name, plain_json(name, getattr(self, name)))
-            if not isinstance(self.notes, list | tuple):
-                raise VectorError(f"'notes' must be a list of strings, not {show(self.notes)}")
-            for note in self.notes:
-                check_text("notes", note)
-        except CircuitError as error:
-            raise VectorError(str(error)) from error
-        if not self.model or not self.architecture.isidentifier():
-            raise VectorError("'model' and 'architecture' must name the model and its class")
-        object.__setattr__(self, "notes", tuple(self.notes))
+        super().__post_init__()
         object.__setattr__(self, "vectors", self._checked_vectors())
 
     @cached_property
@@ -135,42 +110,29 @@ class VectorSet:
         norms = sorted(float(np.linalg.norm(vector)) for vector in self.vectors.values())
         everywhere = len(norms) == self.num_layers
         layers = f"all {self.num_layers}" if everywhere else ", ".join(map(str, self.vectors))
-        lines = [
-            "model   "
-            + _describe(self.model, self.architecture, self.num_layers, self.hidden_size),
-            f"form    {self.form}",
-            f"layers  {layers}",
-            f"norms   {norms[0]:.3g} to {norms[-1]:.3g}",
-            f"digest  {self.digest}",
-        ]
-        if self.created or self.dtype:
-            lines.append(f"found   {self.created or 'at an unknown time'} in {self.dtype or '?'}")
-        if counts := [f"{n} {name}" for name, n in self.prompts.items() if is_int(n)]:
-            lines.append(f"prompts {', '.join(counts)}")
-        lines += [f"note    {note}" for note in self.notes]
-        return "\n".join(lines)
+        counts = ", ".join(f"{n} {name}" for name, n in self.prompts.items() if is_int(n))
+        return self._summary(
+            [
+                f"model   {self._described(repr(self.model), *self._shape)}",
+                f"form    {self.form}",
+                f"layers  {layers}",
+                f"norms   {norms[0]:.3g} to {norms[-1]:.3g}",
+            ],
+            [f"prompts {counts}"] if counts else [],
+        )
 
-    def check_model(self, model: str, architecture: str, num_layers: int, hidden_size: int) -> None:
+    def check_model(self, model: str, architecture: str, num_layers: int, width: int) -> None:
         """Raises VectorError, naming both models, unless the vectors fit; for the form
         ``residual`` also where the architecture does not pass MLP outputs on as they are."""
-        mine = (self.architecture, self.num_layers, self.hidden_size)
-        theirs = (architecture, num_layers, hidden_size)
-        if mine != theirs:
-            raise VectorError(
-                f"vectors of {_describe(self.model, *mine)} do not fit "
-                f"{_describe(model, *theirs)}; discover them in the model they shall steer"
-            )
+        super().check_model(model, architecture, num_layers, width)
         if self.form == "residual":
             check_residual(architecture)
 
     def to_bytes(self) -> bytes:
         """The content of the file that `save` writes: safetensors with JSON metadata."""
-        described = {name: getattr(self, name) for name in (*_REQUIRED, *_OPTIONAL)}
-        metadata = {"format": FORMAT, "version": VERSION, "digest": self.digest, **described}
         tensors = {f"layer.{layer}": vector for layer, vector in self.vectors.items()}
-        return safetensors.numpy.save(
-            tensors, metadata={_METADATA: json.dumps(metadata, allow_nan=False)}
-        )
+        metadata = json.dumps(self._fields(), allow_nan=False)
+        return safetensors.numpy.save(tensors, metadata={_METADATA: metadata})
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> VectorSet:
@@ -180,15 +142,22 @@ class VectorSet:
             # Validated above: eight bytes of length, then the header.
             header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
         except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise VectorError(f"is not a safetensors file: {_one_line(error)}") from error
+            reason = " ".join(str(error).split())
+            raise VectorError(f"is not a safetensors file: {reason}") from error
         text = (header.get("__metadata__") or {}).get(_METADATA)
         if text is None:
             raise VectorError(f"is not a file of vectors: its metadata has no {_METADATA!r}")
         try:
             data = parse_json(text.encode("utf-8"))
-        except CircuitError as error:
+        except FileError as error:
             raise VectorError(f"the metadata {_METADATA!r} {error}") from error
-        return _decode(data, tensors)
+        vectors = {}
+        for name, tensor in tensors.items():
+            digits = name.removeprefix("layer.")
+            if name == digits or not digits.isascii() or not digits.isdigit() or len(digits) > 9:
+                raise VectorError(f"the tensor {show(name)} is not named layer.N")
+            vectors[int(digits)] = tensor
+        return cls._of_fields(data if isinstance(data, dict) else {}, vectors=vectors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, max_bytes: int = MAX_FILE_BYTES) -> VectorSet:
@@ -197,29 +166,14 @@ class VectorSet:
         Raises:
             VectorError: one line that starts with the file's name.
         """
-        name = os.fspath(path)
-        try:
-            with open(path, "rb") as handle:
-                raw = handle.read(max_bytes + 1)
-        except OSError as error:
-            raise VectorError(f"{name}: cannot be read: {error.strerror or error}") from error
-        if len(raw) > max_bytes:
-            raise VectorError(f"{name}: is larger than {max_bytes} bytes")
-        try:
-            return cls.from_bytes(raw)
-        except VectorError as error:
-            raise VectorError(f"{name}: {error}") from error
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file atomically. Raises OSError: the folder is missing or read-only."""
-        write_atomic(path, [self.to_bytes()])
+        return cls._load(path, max_bytes, cls.from_bytes)
 
     def _checked_vectors(self) -> dict[int, NDArray[np.float32]]:
         if not isinstance(self.vectors, Mapping) or not self.vectors:
             raise VectorError("'vectors' must map at least one layer to a vector")
         checked = {}
         for layer in self.vectors:
-            if not is_int(layer) or not 0 <= layer < self.num_layers:
+            if not in_range(layer, 0, self.num_layers - 1):
                 raise VectorError(
                     f"'vectors': a layer must be an integer from 0 to {self.num_layers - 1}, "
                     f"not {show(layer)}"
@@ -252,40 +206,3 @@ def check_residual(architecture: str) -> None:
             "scale the MLP's output before the residual stream; use the form 'mlp', or one of "
             f"{', '.join(sorted(RESIDUAL_ARCHITECTURES))}"
         )
-
-
-def _decode(data: Any, tensors: Mapping[str, Any]) -> VectorSet:
-    known = {"format", "version", "digest", *_REQUIRED, *_OPTIONAL}
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise VectorError(f"is not a file of vectors: its metadata has no 'format': {FORMAT!r}")
-    if data.get("version") != VERSION or not is_int(data.get("version")):
-        raise VectorError(
-            f"'version' must be {VERSION}, not {show(data.get('version'))}; a newer file needs a "
-            "newer cna-vllm"
-        )
-    if unknown := sorted(key for key in data if key not in known):
-        raise VectorError(f"unknown field {show(unknown[0])}; remove it")
-    if missing := [name for name in _REQUIRED if name not in data]:
-        raise VectorError(f"the field {missing[0]!r} is missing")
-    vectors = {}
-    for name, tensor in tensors.items():
-        digits = name.removeprefix("layer.")
-        if name == digits or not digits.isascii() or not digits.isdigit() or len(digits) > 9:
-            raise VectorError(f"the tensor {show(name)} is not named layer.N")
-        vectors[int(digits)] = tensor
-    fields = {name: data[name] for name in (*_REQUIRED, *_OPTIONAL) if name in data}
-    result = VectorSet(**fields, vectors=vectors)
-    if data.get("digest", result.digest) != result.digest:
-        raise VectorError(
-            f"'digest' is {show(data['digest'])} but the content has {result.digest!r}; the file "
-            "was edited or damaged"
-        )
-    return result
-
-
-def _describe(model: str, architecture: str, num_layers: int, hidden_size: int) -> str:
-    return f"{model!r} ({architecture}, {num_layers} layers, hidden size {hidden_size})"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

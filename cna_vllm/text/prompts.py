@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts: read from .txt, .jsonl and .csv files."""
+"""Prompts: read from .txt, .jsonl and .csv files, and rendered to the token ids that the engine
+sees, in one way for discovery and generation."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any
+
+from cna_vllm.files import FileError, read_bounded
 
 MAX_FILE_BYTES = 256 * 2**20
 DEFAULT_COLUMN = "prompt"
@@ -40,21 +43,20 @@ class Prompt:
             if not isinstance(ids, list | tuple) or not ids or not all(map(_is_id, ids)):
                 raise PromptError("token ids must be a non-empty list of whole numbers from 0")
             object.__setattr__(self, "token_ids", tuple(map(int, ids)))
-            return
-        if (self.text is None) == (self.messages is None):
+        elif (self.text is None) == (self.messages is None):
             raise PromptError("give exactly one of 'prompt' and 'messages'")
-        if self.text is not None:
+        elif self.text is not None:
             if not isinstance(self.text, str) or not self.text.strip():
                 raise PromptError("'prompt' must be a non-empty string")
-            return
-        if not isinstance(self.messages, list | tuple) or not self.messages:
-            raise PromptError("'messages' must be a non-empty list")
-        for message in self.messages:
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise PromptError("each of 'messages' must be an object with a 'role'")
-            if "content" not in message:
-                raise PromptError("each of 'messages' must have a 'content'")
-        object.__setattr__(self, "messages", tuple(self.messages))
+        else:
+            if not isinstance(self.messages, list | tuple) or not self.messages:
+                raise PromptError("'messages' must be a non-empty list")
+            for message in self.messages:
+                if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                    raise PromptError("each of 'messages' must be an object with a 'role'")
+                if "content" not in message:
+                    raise PromptError("each of 'messages' must have a 'content'")
+            object.__setattr__(self, "messages", tuple(self.messages))
 
     @classmethod
     def of(cls, value: PromptLike) -> Prompt:
@@ -68,9 +70,8 @@ class Prompt:
             return value
         if isinstance(value, str):
             return cls(text=value)
-        if isinstance(value, Mapping) and set(value) in _FORMS:
-            (key,) = value
-            return cls(**{_FORMS_FIELD[key]: value[key]})
+        if isinstance(value, Mapping) and len(value) == 1 and (key := next(iter(value))) in _FORMS:
+            return cls(**{_FORMS[key]: value[key]})
         if isinstance(value, list | tuple) and value:
             return cls(token_ids=value) if _is_id(value[0]) else cls(messages=value)
         raise PromptError(
@@ -91,8 +92,7 @@ class Prompt:
 PromptLike = Prompt | str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """Whatever `Prompt.of` takes."""
 
-_FORMS_FIELD = {"prompt": "text", "messages": "messages", "prompt_token_ids": "token_ids"}
-_FORMS = [{key} for key in _FORMS_FIELD]
+_FORMS = {"prompt": "text", "messages": "messages", "prompt_token_ids": "token_ids"}
 
 
 def prompts_of(values: Iterable[PromptLike], what: str = "") -> list[Prompt]:
@@ -124,16 +124,76 @@ def read_prompts(path: str | os.PathLike[str], *, column: str | None = None) -> 
     Raises:
         PromptError: `FILE: reason` or `FILE:LINE: reason`.
     """
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv}
     name, suffix = os.fspath(path), Path(path).suffix.lower()
-    if suffix not in readers:
-        raise PromptError(f"{name}: unknown kind of file; use {', '.join(readers)}")
+    if suffix not in (".txt", ".jsonl", ".csv"):
+        raise PromptError(f"{name}: unknown kind of file; use .txt, .jsonl, .csv")
     if column is not None and suffix != ".csv":
         raise PromptError(f"{name}: a column can be named for .csv files only")
-    prompts = list(readers[suffix](name, read_text(name), column or DEFAULT_COLUMN))
+    text = read_text(name)
+    rows: Iterable[tuple[int, Mapping[str, Any]]]
+    if suffix == ".txt":
+        rows = ((number, {"prompt": line}) for number, line in numbered_lines(text))
+    elif suffix == ".jsonl":
+        rows = json_rows(name, text)
+    else:
+        at = column or DEFAULT_COLUMN
+        rows = ((number, {"prompt": row[at]}) for number, row in csv_rows(name, text, at))
+    prompts = []
+    for number, row in rows:
+        with at_line(name, number):
+            prompts.append(Prompt(text=row.get("prompt"), messages=row.get("messages")))
     if not prompts:
         raise PromptError(f"{name}: holds no prompt")
     return prompts
+
+
+def templated(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> bool:
+    """Whether ``render`` applies the chat template to a prompt: messages need it."""
+    if prompt.text is None:
+        return prompt.messages is not None
+    return not raw and getattr(tokenizer, "chat_template", None) is not None
+
+
+def chat_template_used(
+    tokenizer: Any, prompts: Sequence[Prompt], *, raw: bool = False
+) -> bool | str:
+    """Whether ``render`` applies the chat template to prompts: what provenance says of them.
+
+    A text where it is so for some of them only.
+    """
+    count = sum(templated(tokenizer, prompt, raw=raw) for prompt in prompts)
+    return bool(count) if count in (0, len(prompts)) else f"for {count} of {len(prompts)} prompts"
+
+
+def render(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:
+    """Token ids of a prompt: one user turn through the chat template, with the generation prompt.
+
+    Text of a model without a chat template, or with ``raw``, is tokenized as it is, and token ids
+    are the prompt. Ids are returned rather than text, so that no special token is added twice.
+
+    Raises:
+        ValueError: messages for a model without a chat template, or its template refuses them.
+    """
+    if prompt.token_ids is not None:
+        return list(prompt.token_ids)
+    messages = prompt.messages
+    if messages is None:
+        if not templated(tokenizer, prompt, raw=raw):
+            return list(tokenizer.encode(prompt.text))
+        messages = [{"role": "user", "content": prompt.text}]
+    elif getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("messages: this model has no chat template; give prompts as text")
+    try:
+        ids = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+    except Exception as error:  # a template is a program of the model's: it can raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"messages: the model's chat template refuses them: {reason}") from error
+    return list(ids)
 
 
 def prompts_digest(prompts: Iterable[Prompt]) -> str:
@@ -152,12 +212,9 @@ def read_text(name: str) -> str:
         PromptError: it cannot be read, is too large, or is not UTF-8.
     """
     try:
-        with open(name, "rb") as handle:
-            raw = handle.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise PromptError(f"{name}: cannot be read: {error.strerror}") from error
-    if len(raw) > MAX_FILE_BYTES:
-        raise PromptError(f"{name}: is larger than {MAX_FILE_BYTES} bytes")
+        raw = read_bounded(name, MAX_FILE_BYTES)
+    except FileError as error:
+        raise PromptError(f"{name}: {error}") from error
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -220,20 +277,3 @@ def at_line(name: str, number: int) -> Iterator[None]:
 
 def _is_id(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
-
-
-def _read_txt(name: str, text: str, column: str) -> Iterator[Prompt]:
-    for _, line in numbered_lines(text):
-        yield Prompt(text=line)
-
-
-def _read_jsonl(name: str, text: str, column: str) -> Iterator[Prompt]:
-    for number, row in json_rows(name, text):
-        with at_line(name, number):
-            yield Prompt(text=row.get("prompt"), messages=row.get("messages"))
-
-
-def _read_csv(name: str, text: str, column: str) -> Iterator[Prompt]:
-    for number, row in csv_rows(name, text, column):
-        with at_line(name, number):
-            yield Prompt(text=row[column])

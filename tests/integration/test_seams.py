@@ -25,7 +25,7 @@ from cna_vllm.serving.seams import SUPPORTED, engine_core
 from cna_vllm.serving.seams.engine_core import ResidentContent
 from cna_vllm.serving.seams.gate import steering_of
 from cna_vllm.serving.seams.wrapping import wrap
-from cna_vllm.steering.request import Steering
+from cna_vllm.steering.resolved import Steering
 
 
 def parameters(function: object) -> list[str]:

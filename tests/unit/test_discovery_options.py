@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cna_vllm.discovery.options import Method, resolve
+from cna_vllm.discovery.options import Method
 from cna_vllm.discovery.prefill import Dimensions, DiscoveryError
 from cna_vllm.discovery.universal import UniversalRule
 from cna_vllm.text.prompts import Prompt
@@ -30,13 +30,13 @@ DEFAULTS: dict[str, Any] = {
 
 
 def method(**changes: Any) -> Method:
-    return resolve(SIZE, **{**DEFAULTS, **changes})
+    return Method(SIZE, **{**DEFAULTS, **changes})
 
 
 def test_the_paper_as_stated() -> None:
     found = method()
     assert (found.fraction, found.k, found.layers) == (0.001, 10, None)
-    assert len(found.universal) == 40 and found.universal_source == "packaged"
+    assert len(found.prompts) == 40 and found.source == "packaged"
     assert found.rule == UniversalRule(0.001, 0.8)
     assert "differs" not in found.describe(True)
 
@@ -44,19 +44,19 @@ def test_the_paper_as_stated() -> None:
 def test_the_reference_as_its_code_does() -> None:
     found = method(preset="reference")
     assert (found.fraction, found.k, found.layers) == (None, 200, tuple(range(2, 10)))
-    assert found.universal == ()
+    assert found.prompts == ()
     assert "bfloat16" in found.describe(True)["differs"]
 
 
 def test_what_is_given_takes_the_presets_place() -> None:
     found = method(preset="reference", fraction=0.01, layers=[3, 1, 3], universal="default")
     assert (found.fraction, found.k, found.layers) == (0.01, 100, (1, 3))
-    assert len(found.universal) == 40
+    assert len(found.prompts) == 40
     assert method(top_k=7).k == 7
     assert method(top_k=7).fraction is None
     own = method(universal=[Prompt(text="a")])
-    assert (own.universal, own.universal_source) == ((Prompt(text="a"),), "given")
-    assert method(universal="none").universal == ()
+    assert (own.prompts, own.source) == ((Prompt(text="a"),), "given")
+    assert method(universal="none").prompts == ()
 
 
 @pytest.mark.parametrize(
@@ -86,4 +86,4 @@ def test_refusals(changes: dict[str, Any], says: str) -> None:
 
 def test_a_model_without_a_third_layer_has_no_reference_circuit() -> None:
     with pytest.raises(DiscoveryError, match="no layer is left"):
-        resolve(Dimensions(2, 8), **{**DEFAULTS, "preset": "reference"})
+        Method(Dimensions(2, 8), **{**DEFAULTS, "preset": "reference"})

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Joining the shares of all ranks and stages, or refusing to."""
+"""Two sets of prompts that can be contrasted; joining the shares of all ranks and stages, or
+refusing to."""
 
 from __future__ import annotations
 
@@ -11,11 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cna_vllm.discovery.record import assemble
+from cna_vllm.discovery.prefill import Dimensions, DiscoveryError, assemble, check_sets
 
 LAYERS, WIDTH = 5, 8
+SIZE = Dimensions(LAYERS, WIDTH)
 STAGES, OFFSETS = ([0, 1, 2], [3, 4]), (0, 4)
 COUNTS = {"positive": 3, "negative": 2}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_sets_of_equal_shares_are_the_same(times: int) -> None:
+    """For circuits and for vectors: equal shares have equal means, however often they repeat."""
+    check_sets("CAA", [[1], [2]], [[1], [2], [2]])
+    with pytest.raises(DiscoveryError, match="prompts are the same"):
+        check_sets("CAA", [[1], [2]], [[2], [1]] * times)
+    with pytest.raises(DiscoveryError, match=r"CAA needs at least one .* got 0 and 1"):
+        check_sets("CAA", [], [[1]])
 
 
 def whole(seed: int = 0) -> dict[str, NDArray[np.float64]]:
@@ -46,27 +58,24 @@ def shares(sums: dict[str, NDArray[np.float64]]) -> list[dict[str, Any]]:
 def test_two_ranks_by_two_stages_in_any_order(order: list[int], seed: int) -> None:
     sums = whole(seed)
     reports = shares(sums)
-    recorded = assemble([reports[i] for i in order], COUNTS, LAYERS, WIDTH)
-    assert recorded.counts == COUNTS
-    assert set(recorded.means) == set(COUNTS)
+    recorded = assemble([reports[i] for i in order], COUNTS, SIZE)
+    assert set(recorded) == set(COUNTS)
     for group, count in COUNTS.items():
-        assert recorded.means[group].dtype == np.float64
-        assert np.array_equal(recorded.means[group], sums[group] / count)
+        assert recorded[group].dtype == np.float64
+        assert np.array_equal(recorded[group], sums[group] / count)
 
 
 def test_one_rank_and_a_group_that_nobody_asked_for() -> None:
     sums = whole()
-    recorded = assemble(
-        [share(sums, list(range(LAYERS)), 0, WIDTH)], {"positive": 3}, LAYERS, WIDTH
-    )
-    assert set(recorded.means) == {"positive"}
-    assert np.array_equal(recorded.means["positive"], sums["positive"] / 3)
+    recorded = assemble([share(sums, list(range(LAYERS)), 0, WIDTH)], {"positive": 3}, SIZE)
+    assert set(recorded) == {"positive"}
+    assert np.array_equal(recorded["positive"], sums["positive"] / 3)
 
 
 def test_a_stage_without_layers_has_nothing_to_add() -> None:
     sums = whole()
-    recorded = assemble([*shares(sums), share(sums, [], 0, 1)], COUNTS, LAYERS, WIDTH)
-    assert np.array_equal(recorded.means["negative"], sums["negative"] / 2)
+    recorded = assemble([*shares(sums), share(sums, [], 0, 1)], COUNTS, SIZE)
+    assert np.array_equal(recorded["negative"], sums["negative"] / 2)
 
 
 @pytest.mark.parametrize("missing", range(4))
@@ -75,12 +84,12 @@ def test_a_missing_share_is_refused(missing: int) -> None:
     reports = shares(whole())
     del reports[missing]
     with pytest.raises(RuntimeError):
-        assemble(reports, COUNTS, LAYERS, WIDTH)
+        assemble(reports, COUNTS, SIZE)
 
 
 def test_no_share_at_all_is_refused() -> None:
     with pytest.raises(RuntimeError):
-        assemble([], COUNTS, LAYERS, WIDTH)
+        assemble([], COUNTS, SIZE)
 
 
 @pytest.mark.parametrize("at", range(4))
@@ -91,7 +100,7 @@ def test_a_miscounted_share_is_refused(at: int, group: str, change: int) -> None
     reports[at]["groups"][group]["count"] += change
     count = COUNTS[group]
     with pytest.raises(RuntimeError, match=rf"{count + change} of {count} prompts.*'{group}'"):
-        assemble(reports, COUNTS, LAYERS, WIDTH)
+        assemble(reports, COUNTS, SIZE)
 
 
 @pytest.mark.parametrize("at", range(4))
@@ -100,4 +109,4 @@ def test_a_share_without_a_group_is_refused(at: int, group: str) -> None:
     reports = shares(whole())
     del reports[at]["groups"][group]
     with pytest.raises(RuntimeError, match=rf"0 of {COUNTS[group]} prompts.*'{group}'"):
-        assemble(reports, COUNTS, LAYERS, WIDTH)
+        assemble(reports, COUNTS, SIZE)

@@ -23,7 +23,7 @@ def loaded_after(code: str) -> str:
     "code",
     [
         "import cna_vllm",
-        "import cna_vllm.text.prompts, cna_vllm.checkpoints.models, cna_vllm.text.rendering",
+        "import cna_vllm.text.prompts, cna_vllm.checkpoints.models",
         "from cna_vllm.cli import main; main(['--help'])",
         "from cna_vllm.cli import main; main(['--version'])",
         "from cna_vllm.cli import main; main(['inspect', 'none.json'])",

@@ -15,8 +15,7 @@ from cna_vllm.discovery.prefill import DiscoveryError, as_prompts
 from cna_vllm.evaluation.answers import PromptSet
 from cna_vllm.steering.arms import Arm
 from cna_vllm.steering.vectors import VectorSet
-from cna_vllm.text.prompts import Prompt, PromptError, prompts_of
-from cna_vllm.text.rendering import render, templated
+from cna_vllm.text.prompts import Prompt, PromptError, prompts_of, render, templated
 
 CHAT = [{"role": "user", "content": "hi"}]
 

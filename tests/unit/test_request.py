@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cna_vllm import SteeringError, steer
-from cna_vllm.steering.request import FLOAT32_MAX, SCOPES, CircuitRequest, Steering, resolve
+from cna_vllm.steering.request import FLOAT32_MAX, SCOPES, CircuitRequest
+from cna_vllm.steering.resolved import Steering, resolve
 
 
 def parse(extra_args: Any, limit: float = 10.0, most: int = 4) -> CircuitRequest | None:

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cna_vllm import SteeringError, steer, steer_vector
-from cna_vllm.steering.request import SCOPES, CircuitRequest, Steering, resolve
+from cna_vllm.steering.request import SCOPES, CircuitRequest
+from cna_vllm.steering.resolved import Steering, resolve
 
 
 def parse(extra_args: Any) -> CircuitRequest | None:

@@ -14,7 +14,8 @@ from cna_vllm.serving.core.cache_keys import steering_key
 from cna_vllm.serving.front.admission import Admission
 from cna_vllm.serving.front.registry import Registry, ServedModel
 from cna_vllm.steering.circuit import Circuit, Neuron
-from cna_vllm.steering.request import SCOPES, Steering
+from cna_vllm.steering.request import SCOPES
+from cna_vllm.steering.resolved import Steering
 
 
 def block_key(extra_args: Any, prompt_len: int, end: int) -> tuple[str, str] | None:

@@ -13,7 +13,8 @@ from cna_vllm.serving.config import CnaConfig
 from cna_vllm.serving.core.admission import CoreAdmission
 from cna_vllm.serving.core.cache_keys import steering_key
 from cna_vllm.serving.seal import Seal, deployment_secret
-from cna_vllm.steering.request import Steering, SteeringError
+from cna_vllm.steering.request import SteeringError
+from cna_vllm.steering.resolved import Steering
 
 
 def block_key(extra_args: Any, prompt_len: int, end: int) -> tuple[str, str] | None:

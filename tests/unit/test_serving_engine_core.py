@@ -14,7 +14,8 @@ from cna_vllm.serving.seal import Seal, deployment_secret
 from cna_vllm.serving.seams import engine_core
 from cna_vllm.serving.seams.engine_core import ResidentContent
 from cna_vllm.steering.packed import Packed
-from cna_vllm.steering.request import RESOLVED_FIELD, Steering
+from cna_vllm.steering.request import RESOLVED_FIELD
+from cna_vllm.steering.resolved import Steering
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
 

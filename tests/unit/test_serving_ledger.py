@@ -11,7 +11,7 @@ import torch
 
 from cna_vllm.serving.core.ledger import Ledger
 from cna_vllm.serving.step_report import SentReport, SteeredRows, StepReport
-from cna_vllm.steering.request import Steering
+from cna_vllm.steering.resolved import Steering
 
 DIGEST = "a" * 64
 

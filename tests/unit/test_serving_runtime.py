@@ -15,7 +15,7 @@ from cna_vllm.serving.config import CnaConfig
 from cna_vllm.serving.worker.gated_mlp import GatedMlp, UnsupportedModelError
 from cna_vllm.serving.worker.runtime import SteeringRuntime
 from cna_vllm.steering.circuit import Circuit, Neuron
-from cna_vllm.steering.request import Steering
+from cna_vllm.steering.resolved import Steering
 
 HIDDEN, WIDTH, LAYERS = 6, 13, 3
 

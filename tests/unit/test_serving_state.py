@@ -18,7 +18,8 @@ from cna_vllm.serving.config import CircuitTableError
 from cna_vllm.serving.worker.state import SteeringState
 from cna_vllm.serving.worker.table import CircuitTable
 from cna_vllm.steering.circuit import Circuit, Neuron
-from cna_vllm.steering.request import SCOPES, Steering
+from cna_vllm.steering.request import SCOPES
+from cna_vllm.steering.resolved import Steering
 
 LAYERS, WIDTH, SLOTS, MAX_REQS, MAX_TOKENS = (0, 1), 11, 3, 4, 48
 MULTIPLIERS = (0.0, 0.5, -1.0, 2.0, 1000.0)

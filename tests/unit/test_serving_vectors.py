@@ -22,7 +22,8 @@ from cna_vllm.serving.worker.gated_mlp import GatedMlp, UnsupportedModelError
 from cna_vllm.serving.worker.runtime import SteeringRuntime
 from cna_vllm.serving.worker.table import VectorTable
 from cna_vllm.steering.circuit import Circuit, Neuron
-from cna_vllm.steering.request import Steering, SteeringError
+from cna_vllm.steering.request import SteeringError
+from cna_vllm.steering.resolved import Steering
 from cna_vllm.steering.vectors import VectorError, VectorSet
 
 

@@ -162,6 +162,8 @@ def test_bad_files_are_refused_with_the_reason(tmp_path: Path, raw: bytes, says:
 def test_missing_and_oversized_files(tmp_path: Path) -> None:
     with pytest.raises(VectorError, match="cannot be read"):
         VectorSet.load(tmp_path / "none")
+    with pytest.raises(VectorError, match="cannot be read"):
+        VectorSet.load("nul\0byte")
     make().save(tmp_path / "v")
     with pytest.raises(VectorError, match="larger than 10 bytes"):
         VectorSet.load(tmp_path / "v", max_bytes=10)

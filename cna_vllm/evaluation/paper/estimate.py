@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cna_vllm.evaluation.paper.settings import CAA_SIGNS, Settings
 from cna_vllm.serving.seams.offline import engine_of
 from cna_vllm.serving.seams.platform import on_cpu
-from cna_vllm.text.prompts import Prompt
-from cna_vllm.text.rendering import render
+from cna_vllm.text.prompts import Prompt, render
 
 if TYPE_CHECKING:
     from vllm import LLM

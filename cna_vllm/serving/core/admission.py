@@ -8,7 +8,7 @@ from typing import Any
 
 from cna_vllm.serving.config import WITHOUT_CONFIG, CnaConfig
 from cna_vllm.serving.seal import Seal, deployment_secret
-from cna_vllm.steering.circuit import show
+from cna_vllm.steering.content import show
 from cna_vllm.steering.request import (
     FIELD_CIRCUIT,
     FIELD_MULTIPLIER,
@@ -16,10 +16,9 @@ from cna_vllm.steering.request import (
     FIELD_VECTOR,
     MAX_NAME_LENGTH,
     RESOLVED_FIELD,
-    Steering,
     SteeringError,
-    to_float32,
 )
+from cna_vllm.steering.resolved import Steering, to_float32
 
 SIGN = "cna"
 

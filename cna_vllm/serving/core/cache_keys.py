@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cna_vllm.steering.request import Steering
+from cna_vllm.steering.resolved import Steering
 
 
 class BlockKey(NamedTuple):

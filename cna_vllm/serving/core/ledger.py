@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cna_vllm.serving.step_report import SentReport, StepReport, TokenCounts
-from cna_vllm.steering.request import FIELD_CIRCUIT, FIELD_MULTIPLIER, Steering
+from cna_vllm.steering.request import FIELD_CIRCUIT, FIELD_MULTIPLIER
+from cna_vllm.steering.resolved import Steering
 
 OVERFLOW = f"{FIELD_MULTIPLIER}: the steered activations left the range of "
 UNCOUNTED = f"{FIELD_CIRCUIT}: steered "

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cna_vllm.steering.arms import parse_steering
-from cna_vllm.steering.circuit import show
+from cna_vllm.steering.content import show
 from cna_vllm.steering.request import FIELD_CIRCUIT, FIELD_PREFIX, CircuitRequest, SteeringError
 
 LORA_KEY = "lora"

@@ -15,6 +15,7 @@ from cna_vllm.serving.seal import Seal, deployment_secret
 from cna_vllm.steering.circuit import shared_neurons
 from cna_vllm.steering.misplaced import first_sign, holds_letters
 from cna_vllm.steering.request import (
+    CIRCUITS,
     FIELD_CIRCUIT,
     FIELD_PREFIX,
     FIELD_RECORD,
@@ -22,9 +23,8 @@ from cna_vllm.steering.request import (
     SEAL_KEY,
     CircuitRequest,
     SteeringError,
-    resolve,
 )
-from cna_vllm.steering.request_fields import CIRCUITS
+from cna_vllm.steering.resolved import resolve
 
 logger = logging.getLogger("vllm.cna")
 

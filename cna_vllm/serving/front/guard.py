@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from cna_vllm.serving.front.metrics import count_refused
-from cna_vllm.steering.circuit import show
+from cna_vllm.steering.content import show
 from cna_vllm.steering.misplaced import (
     EXTRA_ARGS,
     XARGS,

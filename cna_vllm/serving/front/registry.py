@@ -14,7 +14,8 @@ from typing import Any, Literal
 from cna_vllm.serving.config import CnaConfig, CnaConfigError, check_name
 from cna_vllm.serving.front.adapter import Adapter
 from cna_vllm.serving.front.store import RegistryStore, Stored, StoreError
-from cna_vllm.steering.circuit import Circuit, show
+from cna_vllm.steering.circuit import Circuit
+from cna_vllm.steering.content import show
 from cna_vllm.steering.packed import KindName
 from cna_vllm.steering.request import FIELD_CIRCUIT, FIELD_VECTOR, SteeringError
 from cna_vllm.steering.vectors import VectorSet

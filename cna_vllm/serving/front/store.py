@@ -19,10 +19,10 @@ from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
-from cna_vllm.files import write_atomic
+from cna_vllm.files import FileError, read_json, write_atomic
 from cna_vllm.serving.front.adapter import Adapter
-from cna_vllm.steering.circuit import MAX_FILE_BYTES, Circuit, CircuitError, show
-from cna_vllm.steering.circuit_file import read_json
+from cna_vllm.steering.circuit import Circuit, CircuitError
+from cna_vllm.steering.content import MAX_FILE_BYTES, show
 from cna_vllm.steering.request import SteeringError
 
 FORMAT = "cna-registry"
@@ -90,7 +90,7 @@ class RegistryStore:
         try:
             data = read_json(self._manifest, MAX_FILE_BYTES)
             return _stored(data)
-        except (CircuitError, SteeringError) as error:
+        except (FileError, SteeringError) as error:
             raise StoreError(f"{self._manifest}: {error}") from error
 
     def circuit(self, digest: str) -> Circuit:
@@ -145,16 +145,16 @@ def _deployment() -> bytes:
 
 def _stored(data: Any) -> Stored:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise CircuitError(f"is not a registry: 'format' must be {FORMAT!r}")
+        raise FileError(f"is not a registry: 'format' must be {FORMAT!r}")
     if data.get("version") != VERSION:
-        raise CircuitError(
+        raise FileError(
             f"'version' must be {VERSION}, not {show(data.get('version'))}; "
             "a newer registry needs a newer cna-vllm"
         )
     circuits, adapters = data.get("circuits"), data.get("adapters")
     if not isinstance(circuits, dict) or not isinstance(adapters, dict):
-        raise CircuitError("'circuits' and 'adapters' must be objects")
+        raise FileError("'circuits' and 'adapters' must be objects")
     for name, digest in circuits.items():
         if not isinstance(digest, str) or not digest.isalnum():
-            raise CircuitError(f"'circuits'[{show(name)}] must be a content digest")
+            raise FileError(f"'circuits'[{show(name)}] must be a content digest")
     return {**circuits, **{name: Adapter.from_dict(a) for name, a in adapters.items()}}

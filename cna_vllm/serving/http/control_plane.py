@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any, Literal
 
+from cna_vllm.files import FileError, parse_json
 from cna_vllm.serving.config import CnaConfigError
 from cna_vllm.serving.front.adapter import Adapter
 from cna_vllm.serving.front.admission import Admission
@@ -25,8 +26,8 @@ from cna_vllm.serving.front.metrics import control_metrics
 from cna_vllm.serving.front.registry import Entry
 from cna_vllm.serving.front.store import StoreError
 from cna_vllm.serving.seams.engines import call_every_engine, ready
-from cna_vllm.steering.circuit import Circuit, CircuitError, show
-from cna_vllm.steering.circuit_file import parse_json
+from cna_vllm.steering.circuit import Circuit, CircuitError
+from cna_vllm.steering.content import show
 from cna_vllm.steering.request import FIELD_CIRCUIT, SteeringError
 
 logger = logging.getLogger("vllm.cna")
@@ -173,7 +174,7 @@ class ControlPlane:
             raw = read_beneath(config.circuit_dir, path, config.max_file_bytes)
             circuit = Circuit.from_dict(parse_json(raw), **served.of_circuits())
             served.check(circuit)
-        except (PathError, CircuitError) as error:
+        except (PathError, FileError, CircuitError) as error:
             raise ControlError("circuit_path", str(error)) from error
         if len(circuit) > config.max_neurons:
             raise ControlError(

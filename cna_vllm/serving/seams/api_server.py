@@ -22,7 +22,7 @@ from cna_vllm.serving.front.registry import a_kind
 from cna_vllm.serving.seams import batch_runner, http_app
 from cna_vllm.serving.seams.gate import gate_of
 from cna_vllm.serving.seams.wrapping import Original, adding, wrap
-from cna_vllm.steering.circuit import show
+from cna_vllm.steering.content import show
 from cna_vllm.steering.request import FIELD_CIRCUIT, FIELD_PREFIX, RESOLVED_FIELD, SteeringError
 
 _SERVED: ContextVar[tuple[str, Any] | None] = ContextVar("cna_served", default=None)

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cna_vllm.steering.request import RESOLVED_FIELD, Steering
+from cna_vllm.steering.request import RESOLVED_FIELD
+from cna_vllm.steering.resolved import Steering
 
 if TYPE_CHECKING:
     from cna_vllm.serving.front.admission import Admission

@@ -24,7 +24,7 @@ from cna_vllm.serving.worker.recording import Recorder
 from cna_vllm.serving.worker.state import SteeringState
 from cna_vllm.serving.worker.table import CircuitTable, ResidentTable, VectorTable
 from cna_vllm.steering.packed import KindName, Packed
-from cna_vllm.steering.request import Steering
+from cna_vllm.steering.resolved import Steering
 from cna_vllm.steering.vectors import FORMS
 
 NEURONS = "neurons"

@@ -15,7 +15,7 @@ from cna_vllm.serving.step_report import SteeredRows, TokenCounts
 from cna_vllm.serving.worker.activation import StepBuffers
 from cna_vllm.serving.worker.staging import Block, Staging
 from cna_vllm.serving.worker.table import CircuitTable, VectorTable
-from cna_vllm.steering.request import Steering
+from cna_vllm.steering.resolved import Steering
 
 _NEVER = 1 << 62
 """A position that no request reaches."""
