@@ -58,7 +58,7 @@ class PartialFile:
         self._places: dict[int, int] = {}
         self._handle = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (held until closed)
         try:
-            self._lock()
+            _lock(self._handle.fileno(), target)
             self.dropped = self._take_up(json.loads(json.dumps(identity)))
         except BaseException:
             self._handle.close()
@@ -100,15 +100,6 @@ class PartialFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            same = os.path.samestat(os.fstat(self._handle.fileno()), os.stat(self.path))
-        except (BlockingIOError, FileNotFoundError):
-            same = False
-        if not same:  # held by another process, or finished by it since it was opened
-            raise BatchError(f"{self.target}: another process is writing it; wait for that one")
 
     def _take_up(self, identity: dict[str, Any]) -> int:
         """Reads what is there and cuts off what is torn; returns how many bytes that were."""
@@ -181,11 +172,19 @@ def discard(target: Path) -> None:
     if not path.exists():
         return
     with open(path, "ab") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BatchError(f"{target}: another process is writing it; wait for that") from error
-        path.unlink(missing_ok=True)
+        _lock(handle.fileno(), target)
+        path.unlink()
+
+
+def _lock(descriptor: int, target: Path) -> None:
+    """Holds the open partial file of `target`, or raises BatchError."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        same = os.path.samestat(os.fstat(descriptor), os.stat(partial_path(target)))
+    except (BlockingIOError, FileNotFoundError):
+        same = False
+    if not same:  # held by another process, or finished by it since it was opened
+        raise BatchError(f"{target}: another process is writing it; wait for that one")
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
