@@ -7,17 +7,9 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from cna_vllm.cli.batch_run import swept_arms
+from cna_vllm.cli.batch_run import add_batch_options, sampling_fields, swept_arms
 from cna_vllm.cli.options import OptionParser
-from cna_vllm.cli.sampling_options import add_sampling_options, sampling_fields
-from cna_vllm.cli.usage import (
-    UsageError,
-    check_known,
-    located,
-    named_files,
-    positive_int,
-    share,
-)
+from cna_vllm.cli.usage import UsageError, check_known, located, named_files, positive_int, share
 from cna_vllm.steering.arms import Arm, parse_arm
 from cna_vllm.steering.circuit import Circuit, show
 from cna_vllm.steering.request import DEFAULT_SCOPE, SCOPES
@@ -38,22 +30,13 @@ def parser() -> OptionParser:
     """None, or an empty list, is what an option has that is not given."""
     made = OptionParser("ab", _DESCRIPTION, model="MODEL")
     add = made.add_argument
-    add("--circuit", action="append", default=[], metavar="NAME=C.json", help="may be repeated")
-    add("--vector", action="append", default=[], metavar="NAME=FILE", help="may be repeated")
+    add_batch_options(made)
     add(
-        "--arm",
+        "--vector",
         action="append",
         default=[],
-        metavar="NAME=CIRCUIT@M[+...][:SCOPE]",
-        help="an arm, or NAME=plain; with a vector the number is its coefficient",
-    )
-    add(
-        "--multiplier",
-        nargs="+",
-        type=float,
-        default=[],
-        metavar="M",
-        help="an arm for every circuit at every multiplier and scope; 1 is the plain arm",
+        metavar="NAME=FILE",
+        help="what an --arm may name, too; the number is then its coefficient; may be repeated",
     )
     add(
         "--scope",
@@ -69,7 +52,6 @@ def parser() -> OptionParser:
         metavar="FILE[:TAG]",
         help="a prompt set; tags benign and harmful have a meaning to the metrics of refusal",
     )
-    add("--column", help="column of .csv files (default: prompt)")
     add(
         "--metric",
         action="append",
@@ -90,7 +72,6 @@ def parser() -> OptionParser:
     add("--config", metavar="FILE.yaml", help="all of this in a file; flags replace its keys")
     add("--out", metavar="DIR", help="working folder; made if it is not there")
     add("--restart", action="store_true", help="discard what an earlier test left in DIR")
-    add("--raw", action="store_true", help="do not apply the chat template")
     add("--from", dest="saved", metavar="DIR", help="compare and draw again; needs no engine")
     add(
         "--transcripts",
@@ -99,7 +80,6 @@ def parser() -> OptionParser:
         metavar="N",
         help="prompts whose answers are in the report (default: 300)",
     )
-    add_sampling_options(made)
     made.set_defaults(samples=None)
     return made
 

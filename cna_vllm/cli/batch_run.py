@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands that answer batches have in common, up to the start of their engine."""
+"""What the commands that answer batches share: sampling options, arms, and the engine's arguments.
+
+Common sampling fields are options by name, any other is in the JSON of --sampling.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cna_vllm import __version__
 from cna_vllm.batch.plan import Request
-from cna_vllm.cli.usage import UsageError
+from cna_vllm.cli.usage import UsageError, number, positive_int
 from cna_vllm.steering.arms import Arm, steering_arm
+from cna_vllm.steering.circuit import show
 from cna_vllm.steering.request import CircuitRequest
 
 if TYPE_CHECKING:
@@ -25,6 +32,90 @@ _ENGINE_IDENTITY = (
     "quantization",
     "max_model_len",
 )
+
+_NOTE = """\
+What is not given is vLLM's neutral value; of the model's generation_config only the stop tokens
+count. Sampled rows have a seed each, the same in every arm of a prompt; it is in the row."""
+_DEFAULTS = {"max_tokens": 128, "temperature": 0.0}
+_temperature = number(float, "a finite number of at least 0", lambda t: 0 <= t < math.inf)
+# Fields of SamplingParams, and how the option of that name is parsed.
+_NAMED: Mapping[str, Mapping[str, Any]] = {
+    "max_tokens": {"type": positive_int, "metavar": "N", "help": "default: 128"},
+    "temperature": {"type": _temperature, "metavar": "T", "help": "default: 0, greedy"},
+    "top_p": {"type": float, "metavar": "P"},
+    "top_k": {"type": int, "metavar": "K"},
+    "min_p": {"type": float, "metavar": "P"},
+    "repetition_penalty": {"type": float, "metavar": "R"},
+    "presence_penalty": {"type": float, "metavar": "R"},
+    "frequency_penalty": {"type": float, "metavar": "R"},
+    "min_tokens": {"type": int, "metavar": "N"},
+    "ignore_eos": {"action": "store_true", "default": None, "help": "go on to --max-tokens"},
+    "stop": {"action": "append", "metavar": "TEXT", "help": "end at this text; may be repeated"},
+    "seed": {
+        "type": int,
+        "metavar": "N",
+        "help": "of all rows' seeds, and the engine's (default: 0)",
+    },
+}
+
+
+def add_batch_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what names circuits and arms, how prompts are read, and the sampling fields."""
+    add = parser.add_argument
+    add("--circuit", action="append", default=[], metavar="NAME=C.json", help="may be repeated")
+    add(
+        "--multiplier",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="M",
+        help="an arm for every circuit at each; 0 ablates, 1 is the plain model, above 1 amplifies",
+    )
+    add(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="NAME=CIRCUIT@M[+CIRCUIT@M...][:SCOPE]",
+        help="a further arm, or NAME=plain; may be repeated",
+    )
+    add("--column", help="column of .csv files (default: prompt)")
+    add("--raw", action="store_true", help="do not apply the chat template")
+    group = parser.add_argument_group("sampling", _NOTE)
+    add = group.add_argument
+    for name, how in _NAMED.items():
+        add(f"--{name.replace('_', '-')}", **how)
+    add("--samples", "--n", type=positive_int, default=1, metavar="N", help="answers of each arm")
+    add(
+        "--sampling",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help="any other fields of vLLM's SamplingParams, for example '{\"logprobs\": 2}'",
+    )
+
+
+def sampling_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `vllm.SamplingParams` from the parsed options, defaults filled in.
+
+    Raises:
+        UsageError: a field is given by name and in --sampling.
+    """
+    named = {name: getattr(options, name) for name in _NAMED}
+    given = {name: value for name, value in named.items() if value is not None}
+    for name in options.sampling:
+        if name in given:
+            raise UsageError(f"--sampling: {name!r} is also given by an option of its own")
+    return {**_DEFAULTS, **given, **options.sampling}
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{show(text)} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{show(text)} is not a JSON object")
+    return value
 
 
 def swept_arms(

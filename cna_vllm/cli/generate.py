@@ -9,18 +9,16 @@ from pathlib import Path
 from cna_vllm.batch.partial import discard, partial_path
 from cna_vllm.batch.plan import Request, plan
 from cna_vllm.batch.reading import BatchPrompt, read_batch
-from cna_vllm.cli.batch_run import checked_args, engine_identity, swept_arms
+from cna_vllm.cli.batch_run import (
+    add_batch_options,
+    checked_args,
+    engine_identity,
+    sampling_fields,
+    swept_arms,
+)
 from cna_vllm.cli.interrupt import going_on
 from cna_vllm.cli.options import OptionParser
-from cna_vllm.cli.sampling_options import add_sampling_options, sampling_fields
-from cna_vllm.cli.usage import (
-    UsageError,
-    check_known,
-    check_output,
-    located,
-    named_files,
-    say,
-)
+from cna_vllm.cli.usage import UsageError, check_known, check_output, located, named_files, say
 from cna_vllm.steering.arms import Arm, check_names, parse_arm
 from cna_vllm.steering.circuit import Circuit, show
 from cna_vllm.steering.request import DEFAULT_SCOPE, SCOPES
@@ -112,16 +110,8 @@ def _check_models(rows: Sequence[Request], names: Container[str]) -> None:
 
 def _parser() -> OptionParser:
     parser = OptionParser("generate", _DESCRIPTION, model="MODEL")
+    add_batch_options(parser)
     add = parser.add_argument
-    add("--circuit", action="append", default=[], metavar="NAME=C.json", help="may be repeated")
-    add(
-        "--multiplier",
-        nargs="+",
-        type=float,
-        default=[],
-        metavar="M",
-        help="0 ablates, 1 is the plain model, above 1 amplifies",
-    )
     add(
         "--scope",
         choices=SCOPES,
@@ -129,18 +119,8 @@ def _parser() -> OptionParser:
         help="steered positions: from the last prompt token on, all, or generated ones only "
         f"(default: {DEFAULT_SCOPE})",
     )
-    add(
-        "--arm",
-        action="append",
-        default=[],
-        metavar="NAME=CIRCUIT@M[+CIRCUIT@M...][:SCOPE]",
-        help="a further arm, or NAME=plain; may be repeated",
-    )
     add("--input", required=True, metavar="FILE", help=".txt, .jsonl or .csv, see above")
-    add("--column", help="column of a .csv file (default: prompt)")
     add("--output", required=True, metavar="OUT.jsonl")
     add("--overwrite", action="store_true", help="replace OUT.jsonl")
     add("--restart", action="store_true", help="discard the rows of an unfinished run")
-    add("--raw", action="store_true", help="do not apply the chat template")
-    add_sampling_options(parser)
     return parser

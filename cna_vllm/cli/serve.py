@@ -12,14 +12,7 @@ from typing import Any
 from cna_vllm.checkpoints.models import resolve_model
 from cna_vllm.cli.options import OptionParser
 from cna_vllm.cli.section import loaded, merge, section_of, with_section
-from cna_vllm.cli.usage import (
-    UsageError,
-    check_known,
-    located,
-    named_files,
-    positive_int,
-    say,
-)
+from cna_vllm.cli.usage import UsageError, check_known, located, named_files, positive_int, say
 from cna_vllm.serving.config import CONFIG_KEY
 from cna_vllm.serving.front.adapter import Adapter
 from cna_vllm.serving.front.store import RegistryStore
