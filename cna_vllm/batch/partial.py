@@ -78,11 +78,8 @@ class PartialFile:
             self._synced = time.monotonic()
 
     def finish(self) -> None:
-        """Writes the target, in the order of the plan, and removes the partial file.
-
-        Raises:
-            BatchError: a row is missing.
-        """
+        """Writes the target, in the order of the plan, and removes the partial file; raises
+        BatchError if a row is missing."""
         missing = self._rows - len(self._places)
         if missing:
             raise BatchError(f"{self.path}: {missing} of {self._rows} rows are missing")
@@ -163,11 +160,7 @@ class PartialFile:
 
 
 def discard(target: Path) -> None:
-    """Removes the partial file of `target`, if there is one.
-
-    Raises:
-        BatchError: another process writes it.
-    """
+    """Removes the partial file of `target`, if any; raises BatchError if a process writes it."""
     path = partial_path(target)
     if not path.exists():
         return

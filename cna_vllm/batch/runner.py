@@ -72,11 +72,8 @@ def run_batch(
 
 
 def rows_done(rows: Sequence[Request], path: Path, identity: Mapping[str, Any]) -> int:
-    """How many rows an earlier `run_batch` of the same run left; needs no engine.
-
-    Raises:
-        BatchError: the partial file is of another run, or in use.
-    """
+    """How many rows an earlier `run_batch` of the same run left; raises BatchError if the partial
+    file is of another run, or in use."""
     if not partial_path(path).exists():
         return 0
     with PartialFile(path, {**identity, **digests(rows)}, len(rows)) as partial:

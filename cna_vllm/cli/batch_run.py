@@ -95,11 +95,8 @@ def add_batch_options(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_fields(options: argparse.Namespace) -> dict[str, Any]:
-    """Fields of `vllm.SamplingParams` from the parsed options, defaults filled in.
-
-    Raises:
-        UsageError: a field is given by name and in --sampling.
-    """
+    """Fields of `vllm.SamplingParams` from the parsed options, defaults filled in; raises
+    UsageError if one is given by name and in --sampling."""
     named = {name: getattr(options, name) for name in _NAMED}
     given = {name: value for name, value in named.items() if value is not None}
     for name in options.sampling:

@@ -61,11 +61,8 @@ def run(argv: list[str]) -> int:
 
 
 def examine(argv: Sequence[str]) -> tuple[dict[str, Any] | None, list[Check]]:
-    """Starts the engine that `MODEL [engine flags]` asks for: what it is, and what was checked.
-
-    Raises:
-        UsageError: unknown or malformed flags, or no model.
-    """
+    """Starts the engine that `MODEL [engine flags]` asks for: what it is, and what was checked;
+    raises UsageError for wrong flags, or without a model."""
     from cna_vllm.cli.engine_args import start_engine
     from cna_vllm.serving.doctor.selftest import self_test
 

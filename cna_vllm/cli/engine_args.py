@@ -31,7 +31,6 @@ def start_engine(
     """Parses `MODEL [vLLM's engine flags]` and starts the engine.
 
     Args:
-        command: name of the command, for messages.
         argv: what the command's own options left over.
         cna: our section of `additional_config`; see `add_section`.
         default_model: taken when the user names none; without it that is an error.

@@ -20,12 +20,8 @@ _NAMED = ("circuits", "vectors", "adapters")
 
 
 def section_of(additional_config: Any) -> dict[str, Any]:
-    """What `additional_config` says of ours; empty where it says nothing. Only its shape is
-    checked: limits may be set elsewhere.
-
-    Raises:
-        UsageError: it is not an object, or one of its parts that have names is not.
-    """
+    """What `additional_config` says of ours; empty where it says nothing. Raises UsageError for
+    another shape, and for nothing else: limits may be set elsewhere."""
     if not isinstance(additional_config, Mapping) or CONFIG_KEY not in additional_config:
         return {}
     section = additional_config[CONFIG_KEY]
@@ -38,11 +34,7 @@ def section_of(additional_config: Any) -> dict[str, Any]:
 
 
 def with_section(additional_config: Any, section: Section) -> dict[str, Any]:
-    """`additional_config` with this section in it.
-
-    Raises:
-        CnaConfigError: no engine can be started with it.
-    """
+    """`additional_config` with this section in it; raises CnaConfigError if no engine takes it."""
     config = {**(additional_config or {}), CONFIG_KEY: dict(section)}
     CnaConfig.from_additional_config(config)
     return config

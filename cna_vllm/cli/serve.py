@@ -53,11 +53,8 @@ def run(argv: list[str]) -> int:
 
 
 def cna_section(options: argparse.Namespace) -> dict[str, Any]:
-    """What our flags say, but for --adapter; all files are read, so that mistakes are told at once.
-
-    Raises:
-        UsageError, CircuitError, SteeringError: with the flag or the file.
-    """
+    """What our flags say, but for --adapter; all files are read, so that mistakes are told at once:
+    raises UsageError, CircuitError, SteeringError with the flag or the file."""
     circuits = located(Circuit.load, named_files("--circuit", options.circuit))
     section: dict[str, Any] = {}
     if circuits:

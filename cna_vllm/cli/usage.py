@@ -42,11 +42,8 @@ share = number(float, "a number between 0 and 1", lambda value: 0 < value < 1)
 
 
 def named_files(flag: str, arguments: Sequence[str], file: str = "C.json") -> dict[str, str]:
-    """File by name, of an option that is written as NAME=FILE and may be repeated.
-
-    Raises:
-        UsageError: not of that form, or a name given twice.
-    """
+    """File by name, of an option that may be repeated; raises UsageError for another form than
+    NAME=FILE, or a name given twice."""
     files: dict[str, str] = {}
     for argument in arguments:
         name, separator, path = argument.partition("=")

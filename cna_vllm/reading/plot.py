@@ -11,20 +11,22 @@ import io
 import os
 import textwrap
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager
+from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, StrMethodFormatter
 
 from cna_vllm.files import write_atomic
 from cna_vllm.reading.compare import Comparison
-from cna_vllm.reading.glyphs import drawable, families
 from cna_vllm.reading.profile import late_shares
 from cna_vllm.reading.report import expected_text
-from cna_vllm.reading.tokens import columns, visible
+from cna_vllm.reading.tokens import columns, escape, visible
 from cna_vllm.reading.vocabulary import Item, Reading
 from cna_vllm.steering.circuit import Circuit, Neuron
 
@@ -36,6 +38,17 @@ _DPI = 120
 _TITLE_WIDTH = 110  # characters
 _TOKEN_WIDTH, _CELL_WIDTH = 16, 48
 
+_BASE = "DejaVu Sans"  # comes with matplotlib
+_MORE = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "WenQuanYi Zen Hei",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "Arial Unicode MS",
+)
+
 
 def plot_circuit(
     circuit: Circuit,
@@ -45,10 +58,8 @@ def plot_circuit(
 ) -> None:
     """Draws neurons by layer and sign, and the `neurons` with their deltas and vocabulary items.
 
-    At most MAX_NEURONS of them are drawn, the first ones.
-
-    Raises:
-        OSError: `path` cannot be written; it is then as it was.
+    At most MAX_NEURONS of them are drawn, the first ones. Raises OSError if `path` cannot be
+    written; it is then as it was.
     """
     neurons, readings = neurons[:MAX_NEURONS], readings[:MAX_NEURONS]
     rows = 0.29 * len(neurons) + 0.5
@@ -70,8 +81,7 @@ def plot_circuit(
 def plot_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> None:
     """Draws both circuits by layer with what they share, late shares, and the common deltas.
 
-    Raises:
-        OSError: `path` cannot be written; it is then as it was.
+    Raises OSError as `plot_circuit` does.
     """
     first, second = comparison.first, comparison.second
     chance = comparison.uniform
@@ -261,7 +271,29 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a pair of dollar signs in a token or a name is no formula
-        text.set_fontfamily(families())
+        text.set_fontfamily(_families())
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     write_atomic(path, [buffer.getvalue()])
+
+
+@cache
+def _families() -> list[str]:
+    """Font families to draw with: matplotlib's own, then installed ones for other scripts."""
+    installed = {entry.name for entry in fontManager.ttflist}
+    return [_BASE, *(name for name in _MORE if name in installed)]
+
+
+def drawable(text: str) -> str:
+    """`text` with each character that no font can draw as `\\u4e2d`, instead of an empty box."""
+    return "".join(char if _has_glyph(char) else escape(char) for char in text)
+
+
+@cache
+def _has_glyph(char: str) -> bool:
+    return char == "\n" or any(font.get_char_index(ord(char)) for font in _fonts())
+
+
+@cache
+def _fonts() -> list[FT2Font]:
+    return [FT2Font(findfont(FontProperties(family=name))) for name in _families()]
