@@ -9,7 +9,7 @@ from typing import Any
 
 from cna_vllm.cli.batch_run import add_batch_options, sampling_fields, swept_arms
 from cna_vllm.cli.options import OptionParser
-from cna_vllm.cli.usage import UsageError, check_known, located, named_files, positive_int, share
+from cna_vllm.cli.usage import UsageError, check_known, located, named_files, share
 from cna_vllm.steering.arms import Arm, parse_arm
 from cna_vllm.steering.circuit import Circuit, show
 from cna_vllm.steering.request import DEFAULT_SCOPE, SCOPES
@@ -31,12 +31,10 @@ def parser() -> OptionParser:
     made = OptionParser("ab", _DESCRIPTION, model="MODEL")
     add = made.add_argument
     add_batch_options(made)
-    add(
+    made.add_list(
         "--vector",
-        action="append",
-        default=[],
-        metavar="NAME=FILE",
-        help="what an --arm may name, too; the number is then its coefficient; may be repeated",
+        "NAME=FILE",
+        "what an --arm may name, too; the number is then its coefficient; may be repeated",
     )
     add(
         "--scope",
@@ -45,27 +43,21 @@ def parser() -> OptionParser:
         default=[],
         help=f"of the arms of --multiplier (default: {DEFAULT_SCOPE})",
     )
-    add(
+    made.add_list(
         "--prompts",
-        action="append",
-        default=[],
-        metavar="FILE[:TAG]",
-        help="a prompt set; tags benign and harmful have a meaning to the metrics of refusal",
+        "FILE[:TAG]",
+        "a prompt set; tags benign and harmful have a meaning to the metrics of refusal",
     )
-    add(
+    made.add_list(
         "--metric",
-        action="append",
-        default=[],
-        metavar="NAME[:KEY=VALUE,...]",
-        help="refusal, false_refusal, quality, length, perplexity, ...; may be repeated",
+        "NAME[:KEY=VALUE,...]",
+        "refusal, false_refusal, quality, length, perplexity, ...; may be repeated",
     )
-    add(
+    made.add_list(
         "--effect",
-        action="append",
-        default=[],
+        "METRIC=X",
+        "a difference one wants to find: adds the number of prompts that it needs",
         type=_effect,
-        metavar="METRIC=X",
-        help="a difference one wants to find: adds the number of prompts that it needs",
     )
     add("--control", metavar="ARM", help="what the others are compared with (default: plain)")
     add("--confidence", type=share, metavar="C", help="of intervals (default: 0.95)")
@@ -73,13 +65,7 @@ def parser() -> OptionParser:
     add("--out", metavar="DIR", help="working folder; made if it is not there")
     add("--restart", action="store_true", help="discard what an earlier test left in DIR")
     add("--from", dest="saved", metavar="DIR", help="compare and draw again; needs no engine")
-    add(
-        "--transcripts",
-        type=positive_int,
-        default=300,
-        metavar="N",
-        help="prompts whose answers are in the report (default: 300)",
-    )
+    made.add_count("--transcripts", "prompts whose answers are in the report (default: 300)", 300)
     made.set_defaults(samples=None)
     return made
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cna_vllm import __version__
 from cna_vllm.batch.plan import Request
+from cna_vllm.cli.options import OptionParser
 from cna_vllm.cli.usage import UsageError, number, positive_int
 from cna_vllm.steering.arms import Arm, steering_arm
 from cna_vllm.steering.circuit import show
@@ -59,10 +60,10 @@ _NAMED: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def add_batch_options(parser: argparse.ArgumentParser) -> None:
+def add_batch_options(parser: OptionParser) -> None:
     """Adds what names circuits and arms, how prompts are read, and the sampling fields."""
     add = parser.add_argument
-    add("--circuit", action="append", default=[], metavar="NAME=C.json", help="may be repeated")
+    parser.add_list("--circuit", "NAME=C.json", "may be repeated")
     add(
         "--multiplier",
         nargs="+",
@@ -71,12 +72,10 @@ def add_batch_options(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="an arm for every circuit at each; 0 ablates, 1 is the plain model, above 1 amplifies",
     )
-    add(
+    parser.add_list(
         "--arm",
-        action="append",
-        default=[],
-        metavar="NAME=CIRCUIT@M[+CIRCUIT@M...][:SCOPE]",
-        help="a further arm, or NAME=plain; may be repeated",
+        "NAME=CIRCUIT@M[+CIRCUIT@M...][:SCOPE]",
+        "a further arm, or NAME=plain; may be repeated",
     )
     add("--column", help="column of .csv files (default: prompt)")
     add("--raw", action="store_true", help="do not apply the chat template")

@@ -200,19 +200,13 @@ def _parser() -> OptionParser:
         metavar="SHARE",
         help="share of the prompts to keep apart and to report the AUROC on",
     )
-    add(
+    parser.add_count(
         "--bootstrap",
-        type=positive_int,
-        default=0,
-        metavar="N",
-        help="repeat the selection on N resamples of the prompts and report its stability",
+        "repeat the selection on N resamples of the prompts and report its stability",
+        0,
     )
-    add(
-        "--max-bytes",
-        type=positive_int,
-        default=2**30,
-        metavar="N",
-        help="limit of the activations kept for --bootstrap (default: 1 GiB)",
+    parser.add_count(
+        "--max-bytes", "limit of the activations kept for --bootstrap (default: 1 GiB)", 2**30
     )
     add(
         "--seed",

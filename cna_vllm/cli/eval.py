@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cna_vllm.cli.interrupt import going_on
 from cna_vllm.cli.options import OptionParser
-from cna_vllm.cli.usage import UsageError, positive_int, say
+from cna_vllm.cli.usage import UsageError, say
 from cna_vllm.evaluation.metrics import load_metric
 from cna_vllm.evaluation.paper.datasets import JBB_HUB, read_jbb, read_strongreject
 from cna_vllm.evaluation.paper.estimate import durations, loads, measure_speed, report
@@ -179,26 +179,13 @@ def _parser() -> OptionParser:
         metavar="TASK",
         help="a task of lm-evaluation-harness, or its YAML file (default: mmlu)",
     )
-    add("--mmlu-limit", type=positive_int, metavar="N", help="questions a task")
-    add(
+    parser.add_count("--mmlu-limit", "questions a task")
+    parser.add_count(
         "--mmlu-fewshot",
-        type=positive_int,
-        metavar="N",
-        help="examples before each question (default: the task's own number; of mmlu, 0)",
+        "examples before each question (default: the task's own number; of mmlu, 0)",
     )
-    add(
-        "--limit",
-        type=positive_int,
-        metavar="N",
-        help="prompts of each set that are answered (default: all)",
-    )
-    add(
-        "--max-tokens",
-        type=positive_int,
-        default=150,
-        metavar="N",
-        help="of an answer (default: 150)",
-    )
+    parser.add_count("--limit", "prompts of each set that are answered (default: all)")
+    parser.add_count("--max-tokens", "of an answer (default: 150)", 150)
     add("--seed", type=int, default=0, metavar="N", help="of the bootstrap (default: 0)")
     add("--estimate", action="store_true", help="tell requests, tokens and time, then stop")
     return parser

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cna_vllm.cli.options import OptionParser
-from cna_vllm.cli.usage import UsageError, check_output, check_plot, positive_int
+from cna_vllm.cli.usage import UsageError, check_output, check_plot
 from cna_vllm.steering.circuit import Circuit, Neuron, shared_neurons
 
 if TYPE_CHECKING:
@@ -67,21 +67,13 @@ def _parser() -> OptionParser:
         help="the circuit's model, a folder, a hub id or smollm2: shows the vocabulary items that "
         "the neurons promote and suppress; names the model of a file of another format",
     )
-    add(
-        "--tokens",
-        type=positive_int,
-        default=5,
-        metavar="N",
-        help="vocabulary items shown with --model, each way (default: 5)",
-    )
-    add(
+    parser.add_count("--tokens", "vocabulary items shown with --model, each way (default: 5)", 5)
+    parser.add_list(
         "--with",
-        dest="beside",
-        action="append",
-        default=[],
-        metavar="D.json",
-        help="say how many neurons are in this circuit, too: together they get the product of the "
+        "D.json",
+        "say how many neurons are in this circuit, too: together they get the product of the "
         "multipliers; may be repeated",
+        dest="beside",
     )
     add("--json", action="store_true", help="write JSON instead of text")
     add("--plot", metavar="P.png", help="draw layer profile and strongest neurons")

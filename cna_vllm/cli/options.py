@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Container, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cna_vllm.cli.config_file import Group, flag, take_ours
-from cna_vllm.cli.usage import UsageError
+from cna_vllm.cli.usage import UsageError, positive_int
 
 _ENGINE_HELP = (
     "MODEL is a folder, a hub id, or smollm2 (a small model that is built on first use).\n"
@@ -37,15 +37,21 @@ class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see cna-vllm {self.command} --help")
 
+    def add_list(self, name: str, metavar: str, text: str, **more: Any) -> None:
+        """An option that may be repeated; an empty list where it is not given."""
+        self.add_argument(name, action="append", default=[], metavar=metavar, help=text, **more)
+
+    def add_count(self, name: str, text: str, default: int | None = None) -> None:
+        """An option that takes a whole number of at least 1."""
+        self.add_argument(name, type=positive_int, default=default, metavar="N", help=text)
+
     def split(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         """This command's options, and the arguments left for the engine, as they were written.
 
         Options may also stand in the YAML file of vLLM's `--config`, beside vLLM's own. What may
         be repeated is then taken from both places; any other option has one value. `--help=...`,
-        the form in which vLLM searches its flags, prints those and exits.
-
-        Raises:
-            UsageError: a mistake in an option, or in that file.
+        the form in which vLLM searches its flags, prints those and exits. Raises UsageError for a
+        mistake in an option, or in that file.
         """
         if any(argument.startswith("--help=") for argument in argv):
             from cna_vllm.cli.engine_args import parse_engine_args

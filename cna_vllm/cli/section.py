@@ -41,10 +41,7 @@ def with_section(additional_config: Any, section: Section) -> dict[str, Any]:
 
 
 def merge(first: Section, second: Section, where: str = "additional_config") -> dict[str, Any]:
-    """Everything that both say.
-
-    Args:
-        where: what `first` is called in messages.
+    """Everything that both say; messages call the first one `where`.
 
     Raises:
         UsageError: one name has two contents, or one setting two values.
@@ -97,9 +94,8 @@ def describe(adapter: Mapping[str, Any]) -> str:
 
 
 def _list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [one for one in values if one is not None]
 
 
 def _same(key: str, first: Any, second: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from cna_vllm.checkpoints.models import resolve_model
 from cna_vllm.cli.options import OptionParser
 from cna_vllm.cli.section import loaded, merge, section_of, with_section
-from cna_vllm.cli.usage import UsageError, check_known, located, named_files, positive_int, say
+from cna_vllm.cli.usage import UsageError, check_known, located, named_files, say
 from cna_vllm.serving.config import CONFIG_KEY
 from cna_vllm.serving.front.adapter import Adapter
 from cna_vllm.serving.front.store import RegistryStore
@@ -73,11 +73,8 @@ def cna_section(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_to(args: argparse.Namespace, flags: Mapping[str, Any], adapters: Sequence[str]) -> None:
-    """Puts what our flags say into `args.additional_config`, beside what is there.
-
-    Args:
-        flags: what `cna_section` returned.
-        adapters: the values of --adapter; their circuits may be given in any place.
+    """Puts what `cna_section` returned, and --adapter, into `args.additional_config`, beside what is
+    there; the adapters' circuits may be given in any place.
 
     Raises:
         UsageError, SteeringError, CnaConfigError: with the flag or the setting.
@@ -160,18 +157,16 @@ def server_args(argv: Sequence[str]) -> argparse.Namespace:
 def _parser() -> OptionParser:
     parser = OptionParser("serve", "vLLM's OpenAI server, with circuits.", model="MODEL")
     add = parser.add_argument
-    add("--circuit", action="append", default=[], metavar="NAME=C.json", help="may be repeated")
+    parser.add_list("--circuit", "NAME=C.json", "may be repeated")
     add(
         "--circuits",
         metavar="DIR",
         help=f"every NAME.json in DIR; {ADAPTERS_FILE} there maps names to adapters",
     )
-    add(
+    parser.add_list(
         "--adapter",
-        action="append",
-        default=[],
-        metavar="NAME=CIRCUIT@M[:SCOPE]",
-        help="a model name that is steered; several circuits are joined with +; may be repeated",
+        "NAME=CIRCUIT@M[:SCOPE]",
+        "a model name that is steered; several circuits are joined with +; may be repeated",
     )
     add(
         "--circuit-dir",
@@ -183,8 +178,8 @@ def _parser() -> OptionParser:
         metavar="DIR",
         help="keep what was loaded over HTTP here, across restarts and for all API servers",
     )
-    add("--max-circuits", type=positive_int, metavar="N", help="default: 128")
-    add("--max-circuits-per-request", type=positive_int, metavar="N", help="default: 4")
+    parser.add_count("--max-circuits", "default: 128")
+    parser.add_count("--max-circuits-per-request", "default: 4")
     add("--max-multiplier", type=float, metavar="M", help="default: 1000")
-    add("--max-neurons", type=positive_int, metavar="N", help="of a circuit loaded over HTTP")
+    parser.add_count("--max-neurons", "of a circuit loaded over HTTP")
     return parser
