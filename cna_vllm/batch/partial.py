@@ -58,7 +58,7 @@ class PartialFile:
         self._places: dict[int, int] = {}
         self._handle = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (held until closed)
         try:
-            self._lock()
+            _lock(self._handle.fileno(), target)
             self.dropped = self._take_up(json.loads(json.dumps(identity)))
         except BaseException:
             self._handle.close()
@@ -78,11 +78,8 @@ class PartialFile:
             self._synced = time.monotonic()
 
     def finish(self) -> None:
-        """Writes the target, in the order of the plan, and removes the partial file.
-
-        Raises:
-            BatchError: a row is missing.
-        """
+        """Writes the target, in the order of the plan, and removes the partial file; raises
+        BatchError if a row is missing."""
         missing = self._rows - len(self._places)
         if missing:
             raise BatchError(f"{self.path}: {missing} of {self._rows} rows are missing")
@@ -100,15 +97,6 @@ class PartialFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            same = os.path.samestat(os.fstat(self._handle.fileno()), os.stat(self.path))
-        except (BlockingIOError, FileNotFoundError):
-            same = False
-        if not same:  # held by another process, or finished by it since it was opened
-            raise BatchError(f"{self.target}: another process is writing it; wait for that one")
 
     def _take_up(self, identity: dict[str, Any]) -> int:
         """Reads what is there and cuts off what is torn; returns how many bytes that were."""
@@ -172,20 +160,24 @@ class PartialFile:
 
 
 def discard(target: Path) -> None:
-    """Removes the partial file of `target`, if there is one.
-
-    Raises:
-        BatchError: another process writes it.
-    """
+    """Removes the partial file of `target`, if any; raises BatchError if a process writes it."""
     path = partial_path(target)
     if not path.exists():
         return
     with open(path, "ab") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BatchError(f"{target}: another process is writing it; wait for that") from error
-        path.unlink(missing_ok=True)
+        _lock(handle.fileno(), target)
+        path.unlink()
+
+
+def _lock(descriptor: int, target: Path) -> None:
+    """Holds the open partial file of `target`, or raises BatchError."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        same = os.path.samestat(os.fstat(descriptor), os.stat(partial_path(target)))
+    except (BlockingIOError, FileNotFoundError):
+        same = False
+    if not same:  # held by another process, or finished by it since it was opened
+        raise BatchError(f"{target}: another process is writing it; wait for that one")
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,11 +71,8 @@ def run_batch(
 
 
 def rows_done(rows: Sequence[Request], path: Path, identity: Mapping[str, Any]) -> int:
-    """How many rows an earlier `run_batch` of the same run left; needs no engine.
-
-    Raises:
-        BatchError: the partial file is of another run, or in use.
-    """
+    """How many rows an earlier `run_batch` of the same run left; raises BatchError if the partial
+    file is of another run, or in use."""
     if not partial_path(path).exists():
         return 0
     with PartialFile(path, {**identity, **digests(rows)}, len(rows)) as partial:
@@ -89,7 +87,7 @@ def _answer(
     wanted = [rows[position] for position in todo]
     check_requests(wanted, llm)
     check_seeds(wanted, llm)
-    prompts = _Rendered(llm, wanted)
+    prompts = _rendered(llm, wanted)
     tokens = 0
     shown = tqdm(
         total=len(rows),
@@ -110,36 +108,30 @@ def _answer(
             bar.update()
 
 
-class _Rendered:
-    """Token ids of prompts, each rendered once, all of them checked when it is built."""
-
-    def __init__(self, llm: LLM, requests: Iterable[Request]) -> None:
-        tokenizer, limit = llm.get_tokenizer(), engine_of(llm).max_model_len
-        self._ids: dict[tuple[int, bool], list[int]] = {}
-        for request in requests:
-            key = self._key(request)
-            if key in self._ids:
-                continue
-            try:
-                ids = render(tokenizer, request.prompt, raw=request.raw)
-            except ValueError as error:
-                raise PromptError(f"{request.source}: {one_line(error)}") from error
-            if not 0 < len(ids) < limit:
-                raise PromptError(
-                    f"{request.source}: the prompt has {len(ids)} tokens; the engine takes 1 to "
-                    f"{limit - 1} (--max-model-len is {limit})"
-                )
-            self._ids[key] = ids
-
-    def __getitem__(self, request: Request) -> list[int]:
-        return self._ids[self._key(request)]
-
-    def _key(self, request: Request) -> tuple[int, bool]:
-        return id(request.prompt), request.raw
+def _rendered(llm: LLM, requests: Iterable[Request]) -> dict[tuple[int, bool], list[int]]:
+    """Token ids of prompts, each rendered and checked once, by identity and whether it is raw."""
+    tokenizer, limit = llm.get_tokenizer(), engine_of(llm).max_model_len
+    found: dict[tuple[int, bool], list[int]] = {}
+    for request in requests:
+        key = id(request.prompt), request.raw
+        if key in found:
+            continue
+        try:
+            found[key] = ids = render(tokenizer, request.prompt, raw=request.raw)
+        except ValueError as error:
+            raise PromptError(f"{request.source}: {one_line(error)}") from error
+        if not 0 < len(ids) < limit:
+            raise PromptError(
+                f"{request.source}: the prompt has {len(ids)} tokens; the engine takes 1 to "
+                f"{limit - 1} (--max-model-len is {limit})"
+            )
+    return found
 
 
 def _finished(
-    llm: LLM, requests: Iterator[tuple[int, Request]], prompts: _Rendered
+    llm: LLM,
+    requests: Iterator[tuple[int, Request]],
+    prompts: Mapping[tuple[int, bool], list[int]],
 ) -> Generator[tuple[int, RequestOutput], None, None]:
     """Plan positions and outputs, in the order in which the engine finishes them."""
     try:
@@ -149,10 +141,11 @@ def _finished(
     slots = QUEUED_PER_SLOT * engine_of(llm).max_num_seqs
     try:
         while True:
-            for position, request in _first(requests, slots - len(stream)):
+            for position, request in islice(requests, slots - len(stream)):
                 try:
                     params = sampling_params(request.sampling, request.arm)
-                    stream.add(str(position), prompts[request], params)
+                    ids = prompts[id(request.prompt), request.raw]
+                    stream.add(str(position), ids, params)
                 except ValueError as error:
                     raise BatchError(f"{request.source}: {one_line(error)}") from error
             if not len(stream):
@@ -162,10 +155,6 @@ def _finished(
     except (ValueError, OSError, GeneratorExit):  # the engine itself is well: leave it idle
         stream.abort()
         raise
-
-
-def _first(items: Iterator[Any], count: int) -> Iterator[Any]:
-    return (item for _, item in zip(range(count), items, strict=False))
 
 
 def _answered(request: Request, output: RequestOutput) -> dict[str, Any]:

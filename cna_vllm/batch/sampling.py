@@ -37,13 +37,10 @@ def check_requests(requests: Sequence[Request], llm: LLM | None = None) -> None:
 
 
 def check_seeds(requests: Sequence[Request], llm: LLM) -> None:
-    """Refuses seeds on a CPU engine that may prefill a prompt in parts.
+    """Raises PromptError for seeds on a CPU engine that may prefill a prompt in parts.
 
     vLLM 0.32 then rewinds the request's generator, which PyTorch has on GPUs only, and the whole
     engine ends.
-
-    Raises:
-        PromptError: with the setting to start the engine with.
     """
     seeded = next((request for request in requests if "seed" in request.sampling), None)
     if seeded is not None and engine_of(llm).chunked_prefill and on_cpu():
@@ -54,11 +51,8 @@ def check_seeds(requests: Sequence[Request], llm: LLM) -> None:
 
 
 def check_fields(fields: Mapping[str, Any], where: str, llm: LLM | None = None) -> None:
-    """Builds parameters of these fields; with an engine, asks its limits too.
-
-    Raises:
-        PromptError: `WHERE: field: reason`.
-    """
+    """Builds parameters of these fields; with an engine, asks its limits too. Raises PromptError,
+    `WHERE: field: reason`."""
     try:
         params = sampling_params(fields)
         if llm is not None:
@@ -68,11 +62,8 @@ def check_fields(fields: Mapping[str, Any], where: str, llm: LLM | None = None) 
 
 
 def sampling_params(fields: Mapping[str, Any], arm: Arm | None = None) -> SamplingParams:
-    """The parameters of one request, which yields nothing before it is finished.
-
-    Raises:
-        ValueError: an unknown field, a wrong type or a wrong value.
-    """
+    """The parameters of one request, which yields nothing before it is finished; raises ValueError
+    for an unknown field, a wrong type or a wrong value."""
     from pydantic import ValidationError
 
     adapter, known = _vllm_fields()

@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cna_vllm.cli.ab_options import arms_of, flags, parser, sampling_of, steering_of
-from cna_vllm.cli.batch_run import check_admission, check_sampling, engine_identity
+from cna_vllm.cli.batch_run import checked_args, engine_identity
 from cna_vllm.cli.interrupt import going_on
-from cna_vllm.cli.options import UsageError
+from cna_vllm.cli.usage import UsageError, say
 from cna_vllm.steering.content import show
 
 if TYPE_CHECKING:
@@ -48,6 +47,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         run_ab,
     )
     from cna_vllm.evaluation.config import read_config, read_sets
+    from cna_vllm.evaluation.outcomes import Analysis
     from cna_vllm.evaluation.result import ANSWERS, answered, batch_identity, discard
 
     given = read_config(options.config) if options.config else {}
@@ -64,26 +64,17 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     control = choose_control(arms, given.get("control"))
     sets = read_sets(given["prompts"])
     metrics = load_metrics(given["metrics"])
-    analysis = _analysis(given)
+    analysis = Analysis(
+        **{name: given[name] for name in ("confidence", "effects") if name in given}
+    )
     check_effects(analysis, [metric.name for metric in metrics.values()])
     sampling = sampling_of(options, given)
     seed, samples, raw = given.get("seed", 0), given.get("samples", 1), given.get("raw", False)
     rows = plan_rows(arms, sets, sampling, samples=samples, seed=seed, raw=raw)
 
-    from cna_vllm.cli.engine_args import (
-        add_section,
-        launch,
-        parse_engine_args,
-        prefill_whole_on_cpu,
-    )
+    from cna_vllm.cli.engine_args import launch
 
-    args = parse_engine_args("ab", rest)
-    if section:
-        add_section(args, section)
-    if any("seed" in row.sampling for row in rows):
-        prefill_whole_on_cpu(args)
-    check_sampling(rows, sampling)
-    check_admission(arms, args)
+    args = checked_args("ab", rest, section or None, rows, sampling)
     identity = engine_identity(args)
     if options.restart:
         discard(out)
@@ -107,7 +98,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
             analysis=analysis,
             steering=steering,
             identity=identity,
-            say=_say,
+            say=say,
         )
         from cna_vllm.evaluation.answers import collect, read_rows
 
@@ -119,12 +110,10 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _again(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Compares and draws again what a folder holds."""
-    defaults = parser()
-    for name, value in vars(options).items():
-        if name not in _FOR_SAVED and value != defaults.get_default(name):
-            raise UsageError(f"--from: takes no --{name.replace('_', '-')}; it runs no engine")
+    why = "it runs no engine"
+    parser().refuse_others(options, _FOR_SAVED, "--from:", why)
     if rest:
-        raise UsageError(f"--from: takes no {show(rest[0])}; it runs no engine")
+        raise UsageError(f"--from: takes no {show(rest[0])}; {why}")
 
     from cna_vllm.evaluation.ab import rescore
     from cna_vllm.evaluation.result import RESULT
@@ -153,14 +142,4 @@ def _show(result: Result, answers: Answers, folder: Path, options: argparse.Name
 
     write_report(result, answers, folder / REPORT, most_prompts=options.transcripts)
     print(table(result))
-    _say(f"{folder / RESULT} and {folder / REPORT} are written")
-
-
-def _analysis(given: Mapping[str, Any]) -> Analysis:
-    from cna_vllm.evaluation.outcomes import Analysis
-
-    return Analysis(confidence=given.get("confidence", 0.95), effects=given.get("effects", {}))
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    say(f"{folder / RESULT} and {folder / REPORT} are written")

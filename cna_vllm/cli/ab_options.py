@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from cna_vllm.cli.options import OptionParser, UsageError, load_circuits, positive_int
-from cna_vllm.cli.sampling_options import add_sampling_options, sampling_fields
-from cna_vllm.steering.arms import Arm, parse_arm, steering_arm
+from cna_vllm.cli.batch_run import add_batch_options, sampling_fields, swept_arms
+from cna_vllm.cli.options import OptionParser
+from cna_vllm.cli.usage import UsageError, check_known, located, named_files, share
+from cna_vllm.steering.arms import Arm, parse_arm
+from cna_vllm.steering.circuit import Circuit
 from cna_vllm.steering.content import show
 from cna_vllm.steering.request import DEFAULT_SCOPE, SCOPES
 
@@ -30,22 +31,11 @@ def parser() -> OptionParser:
     """None, or an empty list, is what an option has that is not given."""
     made = OptionParser("ab", _DESCRIPTION, model="MODEL")
     add = made.add_argument
-    add("--circuit", action="append", default=[], metavar="NAME=C.json", help="may be repeated")
-    add("--vector", action="append", default=[], metavar="NAME=FILE", help="may be repeated")
-    add(
-        "--arm",
-        action="append",
-        default=[],
-        metavar="NAME=CIRCUIT@M[+...][:SCOPE]",
-        help="an arm, or NAME=plain; with a vector the number is its coefficient",
-    )
-    add(
-        "--multiplier",
-        nargs="+",
-        type=float,
-        default=[],
-        metavar="M",
-        help="an arm for every circuit at every multiplier and scope; 1 is the plain arm",
+    add_batch_options(made)
+    made.add_list(
+        "--vector",
+        "NAME=FILE",
+        "what an --arm may name, too; the number is then its coefficient; may be repeated",
     )
     add(
         "--scope",
@@ -54,44 +44,29 @@ def parser() -> OptionParser:
         default=[],
         help=f"of the arms of --multiplier (default: {DEFAULT_SCOPE})",
     )
-    add(
+    made.add_list(
         "--prompts",
-        action="append",
-        default=[],
-        metavar="FILE[:TAG]",
-        help="a prompt set; tags benign and harmful have a meaning to the metrics of refusal",
+        "FILE[:TAG]",
+        "a prompt set; tags benign and harmful have a meaning to the metrics of refusal",
     )
-    add("--column", help="column of .csv files (default: prompt)")
-    add(
+    made.add_list(
         "--metric",
-        action="append",
-        default=[],
-        metavar="NAME[:KEY=VALUE,...]",
-        help="refusal, false_refusal, quality, length, perplexity, ...; may be repeated",
+        "NAME[:KEY=VALUE,...]",
+        "refusal, false_refusal, quality, length, perplexity, ...; may be repeated",
     )
-    add(
+    made.add_list(
         "--effect",
-        action="append",
-        default=[],
+        "METRIC=X",
+        "a difference one wants to find: adds the number of prompts that it needs",
         type=_effect,
-        metavar="METRIC=X",
-        help="a difference one wants to find: adds the number of prompts that it needs",
     )
     add("--control", metavar="ARM", help="what the others are compared with (default: plain)")
-    add("--confidence", type=_share, metavar="C", help="of intervals (default: 0.95)")
+    add("--confidence", type=share, metavar="C", help="of intervals (default: 0.95)")
     add("--config", metavar="FILE.yaml", help="all of this in a file; flags replace its keys")
     add("--out", metavar="DIR", help="working folder; made if it is not there")
     add("--restart", action="store_true", help="discard what an earlier test left in DIR")
-    add("--raw", action="store_true", help="do not apply the chat template")
     add("--from", dest="saved", metavar="DIR", help="compare and draw again; needs no engine")
-    add(
-        "--transcripts",
-        type=positive_int,
-        default=300,
-        metavar="N",
-        help="prompts whose answers are in the report (default: 300)",
-    )
-    add_sampling_options(made)
+    made.add_count("--transcripts", "prompts whose answers are in the report (default: 300)", 300)
     made.set_defaults(samples=None)
     return made
 
@@ -101,8 +76,8 @@ def flags(options: argparse.Namespace) -> dict[str, Any]:
     from cna_vllm.evaluation.config import PromptFile
 
     said = {
-        "circuits": _named("--circuit", options.circuit),
-        "vectors": _named("--vector", options.vector),
+        "circuits": named_files("--circuit", options.circuit, "FILE"),
+        "vectors": named_files("--vector", options.vector, "FILE"),
         "arms": options.arm,
         "multipliers": options.multiplier,
         "scopes": options.scope,
@@ -118,45 +93,24 @@ def flags(options: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in said.items() if value not in (None, [], {})}
 
 
-def _named(flag: str, arguments: Sequence[str]) -> dict[str, str]:
-    files: dict[str, str] = {}
-    for argument in arguments:
-        name, separator, path = argument.partition("=")
-        if not (name and separator and path):
-            raise UsageError(f"{flag} {show(argument)}: write it as NAME=FILE")
-        if name in files:
-            raise UsageError(f"{flag}: the name {show(name)} is given twice")
-        files[name] = path
-    return files
-
-
 def steering_of(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
     """Our section of the engine's configuration, and each file with its digest by name."""
-    circuits = load_circuits([f"{n}={file}" for n, file in given.get("circuits", {}).items()])
-    vectors = _vectors(given.get("vectors", {}))
+    from cna_vllm.steering.vectors import VectorSet
+
+    circuits = located(Circuit.load, given.get("circuits", {}))
+    vectors = located(VectorSet.load, given.get("vectors", {}))
     for name in vectors:
         if name in circuits:
             raise UsageError(f"--vector: {show(name)} is also a circuit; rename one of them")
     section: dict[str, Any] = {}
     if circuits:
-        section["circuits"] = {name: str(path) for name, (path, _) in circuits.items()}
+        section["circuits"] = {name: file for name, (file, _) in circuits.items()}
     if vectors:
         section["vectors"] = {name: file for name, (file, _) in vectors.items()}
         section["max_vectors"] = len(vectors)
-    steering = {name: (str(path), circuit.digest) for name, (path, circuit) in circuits.items()}
-    steering |= vectors
-    return section, {n: {"file": file, "digest": digest} for n, (file, digest) in steering.items()}
-
-
-def _vectors(files: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Absolute path and digest of each set of vectors."""
-    if not files:
-        return {}
-    from cna_vllm.steering.vectors import VectorSet
-
-    return {
-        name: (str(Path(file).resolve()), VectorSet.load(file).digest)
-        for name, file in files.items()
+    return section, {
+        name: {"file": file, "digest": digest}
+        for name, (file, digest) in {**circuits, **vectors}.items()
     }
 
 
@@ -167,30 +121,15 @@ def arms_of(given: Mapping[str, Any]) -> list[Arm]:
     only where it is asked for.
     """
     circuits, vectors = given.get("circuits", {}), given.get("vectors", {})
-    multipliers, named = given.get("multipliers", []), given.get("arms", [])
-    if multipliers and not circuits:
-        raise UsageError("--multiplier needs a --circuit NAME=C.json")
-    arms = [
-        steering_arm([(name, multiplier)], scope)
-        for name in circuits
-        for scope in dict.fromkeys(given.get("scopes", [DEFAULT_SCOPE]))
-        for multiplier in dict.fromkeys(multipliers)
-        if multiplier != 1
-    ]
-    arms += [parse_arm(text, vectors, circuits) for text in named]
+    multipliers = given.get("multipliers", [])
+    arms = swept_arms(circuits, multipliers, given.get("scopes", [DEFAULT_SCOPE]))
+    arms = [arm for arm in arms if arm.dose != 1]
+    arms += [parse_arm(text, vectors, circuits) for text in given.get("arms", [])]
     if not arms:
         raise UsageError("name arms: --circuit with --multiplier, or --arm NAME=CIRCUIT@M[:SCOPE]")
     for arm in arms:
-        for kind, pairs, known in (
-            ("circuit", arm.circuits, circuits),
-            ("vector", arm.vectors, vectors),
-        ):
-            for name, _ in pairs:
-                if name not in known:
-                    raise UsageError(
-                        f"--arm {arm.name}: no {kind} is named {show(name)}; add --circuit or "
-                        f"--vector {name}=FILE"
-                    )
+        names = (name for name, _ in arm.circuits)  # what is no vector's is taken as a circuit's
+        check_known(f"--arm {arm.name}", names, circuits, "--circuit or --vector {}=FILE")
     plain_wanted = given.get("control", "plain") == "plain" or 1 in multipliers
     if plain_wanted and all(arm.extra_args() for arm in arms):
         arms.insert(0, Arm("plain"))
@@ -222,12 +161,3 @@ def _effect(text: str) -> tuple[str, float]:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"{text!r} is not METRIC=X, with a number X")
-
-
-def _share(text: str) -> float:
-    try:
-        if 0 < (value := float(text)) < 1:
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")

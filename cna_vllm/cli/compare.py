@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 
-from cna_vllm.cli.options import OptionParser, check_plot
+from cna_vllm.cli.options import OptionParser
+from cna_vllm.cli.usage import check_plot
 from cna_vllm.steering.circuit import Circuit
 
 
@@ -17,8 +18,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--plot", metavar="P.png", help="draw both layer profiles and the overlap")
     parser.add_argument("--overwrite", action="store_true", help="replace P.png")
     options = parser.parse_args(argv)
-    if options.plot:
-        check_plot(options.plot, options.overwrite)
+    check_plot(options.plot, options.overwrite)
     first, second = Circuit.load(options.first), Circuit.load(options.second)
 
     from cna_vllm.reading.compare import compare

@@ -38,13 +38,8 @@ def take_ours(
 ) -> tuple[list[Group], list[str]]:
     """The options that the file of `--config` in `rest` sets, and `rest` without them.
 
-    Args:
-        rest: arguments for the engine. Without `--config` they are returned as they are.
-        actions: our options by name.
-        given: those of the command line with their values, by `dest`.
-
-    Raises:
-        UsageError: the file cannot be used, or gives an option another value than `given` has.
+    `actions` are our options by name, `given` those of the command line by `dest`. Raises
+    UsageError if the file cannot be used, or gives an option another value than `given` has.
     """
     words = [part for word in rest for part in _apart(word)]
     if "--config" not in words:

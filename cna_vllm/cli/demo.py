@@ -7,16 +7,15 @@ multipliers and unrelated plain requests share one batch of one engine.
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from cna_vllm.checkpoints.models import DEFAULT_MODEL
-from cna_vllm.cli.options import OptionParser, UsageError
+from cna_vllm.cli.options import OptionParser
+from cna_vllm.cli.usage import UsageError, say
 from cna_vllm.reading.profile import strongest
 from cna_vllm.reading.report import neurons_text, profile_text, readings_text
 from cna_vllm.serving.doctor import Check
@@ -24,9 +23,12 @@ from cna_vllm.serving.seams.offline import engine_of
 from cna_vllm.text.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, CompletionOutput
 
     from cna_vllm.steering.circuit import Circuit
+
+    Group = Sequence[CompletionOutput]
+    Replies = Mapping[float, Group]
 
 _DESCRIPTION = """\
 Discover the circuit for answering in French in a small real model, switch it off and turn it up
@@ -39,12 +41,6 @@ _SHOWN = 4
 _COLUMN = 30
 _CHART_ROWS = 10
 _STRONGEST = 6
-
-
-@dataclass(frozen=True)
-class Reply:
-    text: str
-    token_ids: tuple[int, ...]
 
 
 def run(argv: list[str]) -> int:
@@ -68,17 +64,17 @@ def run(argv: list[str]) -> int:
     from cna_vllm.discovery import discover
     from cna_vllm.serving.control import load_circuit
 
-    _say("recording 12 French and 12 English requests")
+    say("recording 12 French and 12 English requests")
     circuit = discover(llm, packaged("positive"), packaged("negative"))
     load_circuit(llm, _NAME, circuit)
     print(f"{circuit.summary()}\n\n{profile_text(circuit, _CHART_ROWS)}")
     print(f"\n{_promoted(llm, circuit)}")
 
     heldout, plain = packaged("heldout"), packaged("plain")
-    _say(f"one batch: {len(heldout)} held-out requests x 3 multipliers + {len(plain)} plain ones")
+    say(f"one batch: {len(heldout)} held-out requests x 3 multipliers + {len(plain)} plain ones")
     jobs = [(prompt, m) for m in _MULTIPLIERS for prompt in heldout]
     mixed = _generate(llm, jobs + [(prompt, None) for prompt in plain])
-    _say("the plain requests alone")
+    say("the plain requests alone")
     alone = _generate(llm, [(prompt, None) for prompt in plain])
 
     replies = {
@@ -111,7 +107,7 @@ def _promoted(llm: LLM, circuit: Circuit) -> str:
     return readings_text(readings, suppresses=False)
 
 
-def _generate(llm: LLM, jobs: Sequence[tuple[Prompt, float | None]]) -> list[Reply]:
+def _generate(llm: LLM, jobs: Sequence[tuple[Prompt, float | None]]) -> list[CompletionOutput]:
     from vllm import SamplingParams, TokensPrompt
 
     from cna_vllm.steering.request import steer
@@ -127,36 +123,30 @@ def _generate(llm: LLM, jobs: Sequence[tuple[Prompt, float | None]]) -> list[Rep
         )
         for _, multiplier in jobs
     ]
-    outputs = [request.outputs[0] for request in llm.generate(inputs, params)]
-    return [Reply(output.text, tuple(output.token_ids)) for output in outputs]
+    return [request.outputs[0] for request in llm.generate(inputs, params)]
 
 
 def _checks(
-    replies: Mapping[float, Sequence[Reply]], mixed: Sequence[Reply], alone: Sequence[Reply]
+    replies: Replies,
+    mixed: Sequence[CompletionOutput],
+    alone: Sequence[CompletionOutput],
 ) -> list[Check]:
     import py3langid
 
-    total = len(replies[1.0])
-    french = {
-        m: sum(py3langid.classify(reply.text)[0] == "fr" for reply in group)
-        for m, group in replies.items()
-    }
-    shares = {m: count / total for m, count in french.items()}
-    seen = {m: f"{count} of {total}" for m, count in french.items()}
-    equal = sum(a.token_ids == b.token_ids for a, b in zip(mixed, alone, strict=True))
-    return [
-        Check("m = 1 answers in French, at least 60%", seen[1.0], shares[1.0] >= 0.6),
-        Check("m = 0 answers in French, at most 10%", seen[0.0], shares[0.0] <= 0.1),
-        Check("m = 2 answers in French, at least 90%", seen[2.0], shares[2.0] >= 0.9),
-        Check(
-            "plain requests in the same batch unchanged, all, token by token",
-            f"{equal} of {len(alone)}",
-            equal == len(alone),
-        ),
-    ]
+    checks = []
+    for m, low, high in ((1.0, 0.6, 1.0), (0.0, 0.0, 0.1), (2.0, 0.9, 1.0)):
+        answers = replies[m]
+        french = sum(py3langid.classify(answer.text)[0] == "fr" for answer in answers)
+        bound = f"at least {low:.0%}" if low else f"at most {high:.0%}"
+        claim = f"m = {m:g} answers in French, {bound}"
+        holds = low <= french / len(answers) <= high
+        checks.append(Check(claim, f"{french} of {len(answers)}", holds))
+    equal = sum([*a.token_ids] == [*b.token_ids] for a, b in zip(mixed, alone, strict=True))
+    claim = "plain requests in the same batch unchanged, all, token by token"
+    return [*checks, Check(claim, f"{equal} of {len(alone)}", equal == len(alone))]
 
 
-def _table(prompts: Sequence[Prompt], replies: Mapping[float, Sequence[Reply]]) -> str:
+def _table(prompts: Sequence[Prompt], replies: Replies) -> str:
     lines = ["  ".join(f"{_TITLES[m]:{_COLUMN}}" for m in _MULTIPLIERS).rstrip()]
     for index, prompt in enumerate(prompts):
         lines.append(f"--- {prompt.text}")
@@ -167,7 +157,3 @@ def _table(prompts: Sequence[Prompt], replies: Mapping[float, Sequence[Reply]]) 
         for row in zip_longest(*columns, fillvalue=""):
             lines.append("  ".join(f"{cell:{_COLUMN}}" for cell in row).rstrip())
     return "\n".join(lines) + "\n"
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

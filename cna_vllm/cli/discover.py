@@ -6,19 +6,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cna_vllm.cli.options import (
-    OptionParser,
-    UsageError,
-    check_output,
-    check_plot,
-    positive_int,
-)
+from cna_vllm.cli.options import OptionParser
+from cna_vllm.cli.usage import UsageError, check_output, check_plot, number, positive_int, share
 from cna_vllm.steering.circuit import Circuit
 from cna_vllm.text.prompts import Prompt, read_prompts
 
+if TYPE_CHECKING:
+    from vllm import LLM
+
 _LAYERS_FORM = "write layers as 4-29 or 0,3,8-11"
 _PLOTTED = 10
+_fraction = number(float, "above 0 and at most 1", lambda value: 0 < value <= 1)
+_seed = number(int, "a whole number of at least 0", lambda value: 0 <= value < 10**18)
 # Of the options: those that go with --vectors.
 _FOR_VECTORS = {
     "vectors",
@@ -38,8 +39,7 @@ def run(argv: list[str]) -> int:
     if options.vectors is not None:
         _check_vectors(options)
     check_output(options.out, options.overwrite)
-    if options.plot:
-        check_plot(options.plot, options.overwrite)
+    check_plot(options.plot, options.overwrite)
     if options.control is not None:
         check_output(options.control, options.overwrite)
         if Path(options.control).resolve() == Path(options.out).resolve():
@@ -48,15 +48,16 @@ def run(argv: list[str]) -> int:
         raise UsageError("--system needs the chat template; drop it, or --raw")
     positive = read_prompts(options.positive, column=options.column)
     negative = read_prompts(options.negative, column=options.column)
-    if options.vectors is not None:
-        return _vectors(options, rest, positive, negative)
     universal = options.universal
     if universal not in (None, "default", "none"):
         universal = read_prompts(universal)
 
     from cna_vllm.cli.engine_args import start_engine
 
-    llm = start_engine("discover", rest, {"record": True})
+    room = {} if options.vectors is None else {"max_vectors": 1}
+    llm = start_engine("discover", rest, {"record": True, **room})
+    if options.vectors is not None:
+        return _vectors(llm, options, positive, negative)
 
     from cna_vllm.discovery import discover, random_control
 
@@ -85,18 +86,13 @@ def run(argv: list[str]) -> int:
         from cna_vllm.reading.profile import strongest
 
         plot_circuit(circuit, options.plot, strongest(circuit, _PLOTTED))
-    print(circuit.summary())
-    for line in _report(circuit):
-        print(line)
+    print(circuit.summary(), *_report(circuit), sep="\n")
     return 0
 
 
 def _check_vectors(options: argparse.Namespace) -> None:
     """Raises UsageError for options of circuits, and for what the form does not allow."""
-    defaults = _parser()
-    for name, value in vars(options).items():
-        if name not in _FOR_VECTORS and value != defaults.get_default(name):
-            raise UsageError(f"--vectors takes no --{name.replace('_', '-')}; it is of circuits")
+    _parser().refuse_others(options, _FOR_VECTORS, "--vectors", "it is of circuits")
     if options.vectors == "residual" and (options.layers is None or len(options.layers) != 1):
         raise UsageError(
             "--vectors residual is of one layer; name it: --layers L, often one near the middle"
@@ -106,15 +102,8 @@ def _check_vectors(options: argparse.Namespace) -> None:
 
 
 def _vectors(
-    options: argparse.Namespace,
-    rest: Sequence[str],
-    positive: Sequence[Prompt],
-    negative: Sequence[Prompt],
+    llm: LLM, options: argparse.Namespace, positive: Sequence[Prompt], negative: Sequence[Prompt]
 ) -> int:
-    from cna_vllm.cli.engine_args import start_engine
-
-    llm = start_engine("discover", rest, {"record": True, "max_vectors": 1})
-
     from cna_vllm.baselines import discover_vectors
 
     found = discover_vectors(
@@ -161,26 +150,23 @@ def _parser() -> OptionParser:
         "--vectors,\nthe mean differences of outputs (CAA), which circuits are compared with.",
         model="MODEL",
     )
-    parser.add_argument("--positive", required=True, metavar="FILE", help="show the behaviour")
-    parser.add_argument("--negative", required=True, metavar="FILE", help="do not show it")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--positive", required=True, metavar="FILE", help="show the behaviour")
+    add("--negative", required=True, metavar="FILE", help="do not show it")
+    add(
         "--out", required=True, metavar="C.json", help="file to write, V.safetensors with --vectors"
     )
-    parser.add_argument(
+    add(
         "--vectors",
         choices=("mlp", "residual"),
         help="write CAA vectors instead of a circuit: of the MLP outputs of --layers (default: "
         "all), or of the residual stream after the one layer of --layers",
     )
-    parser.add_argument(
-        "--control", metavar="R.json", help="also write a random circuit of the same layer profile"
-    )
-    parser.add_argument(
-        "--plot", metavar="P.png", help="also draw the layer profile and the strongest neurons"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    parser.add_argument("--column", help="column of .csv files (default: prompt)")
-    parser.add_argument(
+    add("--control", metavar="R.json", help="also write a random circuit of the same layer profile")
+    add("--plot", metavar="P.png", help="also draw the layer profile and the strongest neurons")
+    add("--overwrite", action="store_true", help="replace files that are there")
+    add("--column", help="column of .csv files (default: prompt)")
+    add(
         "--preset",
         choices=("paper", "reference"),
         default="paper",
@@ -192,70 +178,43 @@ def _parser() -> OptionParser:
         "--fraction", type=_fraction, help="share of all neurons (default: the preset's)"
     )
     size.add_argument("--top-k", type=positive_int, metavar="K", help="number of neurons instead")
-    parser.add_argument(
+    add(
         "--sign",
         choices=("both", "positive", "negative"),
         default="both",
         help="which activation differences count (default: both)",
     )
-    parser.add_argument("--layers", type=_layers, help=f"only these layers; {_LAYERS_FORM}")
-    parser.add_argument(
+    add("--layers", type=_layers, help=f"only these layers; {_LAYERS_FORM}")
+    add(
         "--universal",
         metavar="FILE|default|none",
         help="diverse prompts; neurons among the top 0.1%% in 80%% of them are excluded "
         "(default: the preset's)",
     )
-    parser.add_argument("--system", metavar="TEXT", help="system message before every prompt")
-    parser.add_argument("--raw", action="store_true", help="do not apply the chat template")
-    parser.add_argument(
+    add("--system", metavar="TEXT", help="system message before every prompt")
+    add("--raw", action="store_true", help="do not apply the chat template")
+    add(
         "--holdout",
-        type=_share,
+        type=share,
         default=0.0,
         metavar="SHARE",
         help="share of the prompts to keep apart and to report the AUROC on",
     )
-    parser.add_argument(
+    parser.add_count(
         "--bootstrap",
-        type=positive_int,
-        default=0,
-        metavar="N",
-        help="repeat the selection on N resamples of the prompts and report its stability",
+        "repeat the selection on N resamples of the prompts and report its stability",
+        0,
     )
-    parser.add_argument(
-        "--max-bytes",
-        type=positive_int,
-        default=2**30,
-        metavar="N",
-        help="limit of the activations kept for --bootstrap (default: 1 GiB)",
+    parser.add_count(
+        "--max-bytes", "limit of the activations kept for --bootstrap (default: 1 GiB)", 2**30
     )
-    parser.add_argument(
+    add(
         "--seed",
         type=_seed,
         default=0,
         help="of --control, --holdout and --bootstrap (default: 0)",
     )
     return parser
-
-
-def _fraction(text: str) -> float:
-    try:
-        if 0 < (value := float(text)) <= 1:
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
-
-
-def _share(text: str) -> float:
-    if (value := _fraction(text)) < 1:
-        return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and below 1")
-
-
-def _seed(text: str) -> int:
-    if text.isdecimal() and len(text) <= 18:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
 
 
 def _layers(text: str) -> list[int]:

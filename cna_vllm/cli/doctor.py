@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cna_vllm import __version__
-from cna_vllm.cli.options import OptionParser, UsageError
+from cna_vllm.cli.options import OptionParser
+from cna_vllm.cli.usage import UsageError, say
 from cna_vllm.serving.doctor import Check
 from cna_vllm.serving.seams.offline import engine_of
 
@@ -37,7 +37,7 @@ def run(argv: list[str]) -> int:
 
     from cna_vllm.serving.doctor.environment import device, environment_checks, extras, versions
 
-    _say("looking at the machine")
+    say("looking at the machine")
     found = {"cna_vllm": __version__, **versions()}
     checks = environment_checks(found)
     works = all(check.holds for check in checks)
@@ -61,15 +61,12 @@ def run(argv: list[str]) -> int:
 
 
 def examine(argv: Sequence[str]) -> tuple[dict[str, Any] | None, list[Check]]:
-    """Starts the engine that `MODEL [engine flags]` asks for: what it is, and what was checked.
-
-    Raises:
-        UsageError: unknown or malformed flags, or no model.
-    """
+    """Starts the engine that `MODEL [engine flags]` asks for: what it is, and what was checked;
+    raises UsageError for wrong flags, or without a model."""
     from cna_vllm.cli.engine_args import start_engine
     from cna_vllm.serving.doctor.selftest import self_test
 
-    _say("starting an engine")
+    say("starting an engine")
     claim = "an engine starts, and every hooked layer obeys its hook"
     try:
         llm = start_engine("doctor", argv, {"record": True})
@@ -80,7 +77,7 @@ def examine(argv: Sequence[str]) -> tuple[dict[str, Any] | None, list[Check]]:
             Check(claim, f"{type(error).__name__}: {' '.join(str(error).split())}", False)
         ]
     engine = describe(llm)
-    _say("testing that steering is exact")
+    say("testing that steering is exact")
     return engine, [Check(claim, f"{engine['hooked_layers']} layers", True), *self_test(llm)]
 
 
@@ -121,7 +118,3 @@ def _value(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(value) or "none" if isinstance(value, list) else str(value)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

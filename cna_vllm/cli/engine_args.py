@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cna_vllm.checkpoints.models import resolve_model
-from cna_vllm.cli.options import UsageError
 from cna_vllm.cli.section import loaded, merge, section_of, with_section
+from cna_vllm.cli.usage import UsageError
 from cna_vllm.serving.config import CONFIG_KEY
 from cna_vllm.serving.seams.command_line import parser_class
 from cna_vllm.serving.seams.platform import on_cpu
@@ -31,7 +31,6 @@ def start_engine(
     """Parses `MODEL [vLLM's engine flags]` and starts the engine.
 
     Args:
-        command: name of the command, for messages.
         argv: what the command's own options left over.
         cna: our section of `additional_config`; see `add_section`.
         default_model: taken when the user names none; without it that is an error.
@@ -62,12 +61,6 @@ def add_section(args: EngineArgs | argparse.Namespace, cna: Mapping[str, Any]) -
     args.additional_config = with_section(args.additional_config, section)
     if any(given.get(key) for key in ("circuits", "vectors", "adapters")):
         print(f"cna-vllm: {loaded(section)}", file=sys.stderr)
-
-
-def prefill_whole_on_cpu(args: EngineArgs) -> None:
-    """For sampling with seeds, unless the user has chosen: see `cna_vllm.batch.sampling`."""
-    if on_cpu() and args.enable_chunked_prefill is None:
-        args.enable_chunked_prefill = False
 
 
 def launch(args: EngineArgs) -> LLM:

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cna_vllm.cli.interrupt import going_on
-from cna_vllm.cli.options import OptionParser, UsageError, positive_int
+from cna_vllm.cli.options import OptionParser
+from cna_vllm.cli.usage import UsageError, say
 from cna_vllm.evaluation.metrics import load_metric
 from cna_vllm.evaluation.paper.datasets import JBB_HUB, read_jbb, read_strongreject
 from cna_vllm.evaluation.paper.estimate import durations, loads, measure_speed, report
@@ -41,7 +42,7 @@ def run(argv: list[str]) -> int:
         load_metric(f"judge:{settings.judge}")
     task = _task(settings)
     work = loads(settings, _tokenizer(args), () if task is None else task.texts())
-    _say(report(work))
+    say(report(work))
 
     from cna_vllm.evaluation.paper.run import discover_base, evaluate, section
     from cna_vllm.evaluation.paper.study import Study, claim
@@ -49,19 +50,19 @@ def run(argv: list[str]) -> int:
     identity = engine_identity(args)
     if options.estimate:
         add_section(args, section(settings))
-        _say(durations(work, measure_speed(launch(args))))
+        say(durations(work, measure_speed(launch(args))))
         return 0
     out = Path(options.out)
     with going_on(f"what is finished is kept in {out}; run the same command again to go on"):
         claim(out, settings, identity)
         if settings.base_model is not None and "structure" in settings.parts:
-            _say(f"the base model's circuit: {settings.base_model}")
+            say(f"the base model's circuit: {settings.base_model}")
             discover_base(args, settings, out)
         add_section(args, section(settings))
         llm = launch(args)
-        _say(durations(work, measure_speed(llm)))
-        print(evaluate(Study(llm, settings, out, identity, task), say=_say))
-        _say(f"all figures are in {out / 'eval.json'}, answers and reports beside it")
+        say(durations(work, measure_speed(llm)))
+        print(evaluate(Study(llm, settings, out, identity, task), say=say))
+        say(f"all figures are in {out / 'eval.json'}, answers and reports beside it")
     return 0
 
 
@@ -76,9 +77,10 @@ def _inputs(options: argparse.Namespace) -> dict[str, Any]:
     if options.keywords is not None:
         load_metric(f"refusal_keywords:phrases={options.keywords}")
     asked, forbidden = options.sweep_prompts, options.strongreject
+    names = {field.name for field in fields(Settings)}
     given = {
+        **{name: value for name, value in vars(options).items() if name in names},
         "parts": tuple(part for part in PARTS if part in options.parts),
-        "preset": options.preset,
         "multipliers": tuple(dict.fromkeys(options.multipliers)),
         "harmful": behaviors.harmful,
         "benign": behaviors.benign,
@@ -86,15 +88,6 @@ def _inputs(options: argparse.Namespace) -> dict[str, Any]:
         "negative": negative,
         "asked": () if asked is None else tuple(read_prompts(asked)),
         "forbidden": () if forbidden is None else read_strongreject(forbidden),
-        "keywords": options.keywords,
-        "judge": options.judge,
-        "mmlu_task": options.mmlu,
-        "mmlu_limit": options.mmlu_limit,
-        "mmlu_fewshot": options.mmlu_fewshot,
-        "base_model": options.base_model,
-        "limit": options.limit,
-        "max_tokens": options.max_tokens,
-        "seed": options.seed,
     }
     Settings(model="", **given)  # raises EvalError
     return given
@@ -129,10 +122,9 @@ def _parser() -> OptionParser:
         f"The evaluations of arXiv 2605.12290 on one model, beside the published rows.\n\n{parts}",
         model="MODEL",
     )
-    parser.add_argument(
-        "--out", metavar="DIR", help="new folder, or one to go on with after an interruption"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--out", metavar="DIR", help="new folder, or one to go on with after an interruption")
+    add(
         "--parts",
         nargs="+",
         choices=tuple(PARTS),
@@ -140,84 +132,60 @@ def _parser() -> OptionParser:
         metavar="PART",
         help=f"default: {' '.join(_DEFAULT_PARTS)}",
     )
-    parser.add_argument(
+    add(
         "--preset",
         choices=PRESETS,
         default="paper",
         help="how circuits are selected: as the paper states it (default) or as its code does",
     )
-    parser.add_argument(
+    add(
         "--multipliers", nargs="+", type=float, default=_STRENGTHS, metavar="M", help="of the sweep"
     )
-    parser.add_argument(
+    add(
         "--jbb",
         default=JBB_HUB,
         metavar="SOURCE",
         help="hub id, or folder with harmful-behaviors.csv and benign-behaviors.csv, both with a "
         f"column Goal (default: {JBB_HUB})",
     )
-    parser.add_argument(
+    add(
         "--contrast",
         nargs=2,
         metavar=("POSITIVE", "NEGATIVE"),
         help="prompt files of the small circuit "
         f"(default: the first {CONTRAST} harmful and benign prompts of JBB-Behaviors)",
     )
-    parser.add_argument(
+    add(
         "--sweep-prompts",
         metavar="FILE",
         help="prompts of sweep and caa (default: the harmful ones of JBB-Behaviors that are not "
         "in the contrast)",
     )
-    parser.add_argument(
+    add(
         "--keywords",
         metavar="FILE",
         help="phrases of the keyword rule of refusal, one a line (default: those of GCG and "
         "AutoDAN)",
     )
-    parser.add_argument(
-        "--strongreject", metavar="SOURCE", help="the published CSV file, or REPOSITORY:FILE"
-    )
-    parser.add_argument(
+    add("--strongreject", metavar="SOURCE", help="the published CSV file, or REPOSITORY:FILE")
+    add(
         "--judge", metavar="url=...,model=...", help="options of the judge metric, for strongreject"
     )
-    parser.add_argument(
-        "--base-model", metavar="MODEL", help="for structure: the model before instruction tuning"
-    )
-    parser.add_argument(
+    add("--base-model", metavar="MODEL", help="for structure: the model before instruction tuning")
+    add(
         "--mmlu",
+        dest="mmlu_task",
         default="mmlu",
         metavar="TASK",
         help="a task of lm-evaluation-harness, or its YAML file (default: mmlu)",
     )
-    parser.add_argument("--mmlu-limit", type=positive_int, metavar="N", help="questions a task")
-    parser.add_argument(
+    parser.add_count("--mmlu-limit", "questions a task")
+    parser.add_count(
         "--mmlu-fewshot",
-        type=positive_int,
-        metavar="N",
-        help="examples before each question (default: the task's own number; of mmlu, 0)",
+        "examples before each question (default: the task's own number; of mmlu, 0)",
     )
-    parser.add_argument(
-        "--limit",
-        type=positive_int,
-        metavar="N",
-        help="prompts of each set that are answered (default: all)",
-    )
-    parser.add_argument(
-        "--max-tokens",
-        type=positive_int,
-        default=150,
-        metavar="N",
-        help="of an answer (default: 150)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the bootstrap (default: 0)"
-    )
-    parser.add_argument(
-        "--estimate", action="store_true", help="tell requests, tokens and time, then stop"
-    )
+    parser.add_count("--limit", "prompts of each set that are answered (default: all)")
+    parser.add_count("--max-tokens", "of an answer (default: 150)", 150)
+    add("--seed", type=int, default=0, metavar="N", help="of the bootstrap (default: 0)")
+    add("--estimate", action="store_true", help="tell requests, tokens and time, then stop")
     return parser
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

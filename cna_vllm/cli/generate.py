@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Container, Sequence
 from pathlib import Path
 
 from cna_vllm.batch.partial import discard, partial_path
 from cna_vllm.batch.plan import Request, plan
 from cna_vllm.batch.reading import BatchPrompt, read_batch
-from cna_vllm.cli.batch_run import check_admission, check_sampling, engine_identity
+from cna_vllm.cli.batch_run import (
+    add_batch_options,
+    checked_args,
+    engine_identity,
+    sampling_fields,
+    swept_arms,
+)
 from cna_vllm.cli.interrupt import going_on
-from cna_vllm.cli.options import OptionParser, UsageError, check_output, load_circuits
-from cna_vllm.cli.sampling_options import add_sampling_options, sampling_fields
-from cna_vllm.steering.arms import Arm, check_names, parse_arm, steering_arm
+from cna_vllm.cli.options import OptionParser
+from cna_vllm.cli.usage import UsageError, check_known, check_output, located, named_files, say
+from cna_vllm.steering.arms import Arm, check_names, parse_arm
+from cna_vllm.steering.circuit import Circuit
 from cna_vllm.steering.content import show
 from cna_vllm.steering.request import DEFAULT_SCOPE, SCOPES
 from cna_vllm.text.prompts import PromptError
@@ -41,61 +46,40 @@ def run(argv: list[str]) -> int:
     options, rest = _parser().split(argv)
     target = Path(options.output)
     check_output(options.output, options.overwrite)
-    circuits = load_circuits(options.circuit)
-    arms = _arms(options, list(circuits))
+    circuits = located(Circuit.load, named_files("--circuit", options.circuit))
+    arms = swept_arms(circuits, options.multiplier, [options.scope])
+    arms += [parse_arm(text, (), circuits) for text in options.arm]
     sampling = sampling_fields(options)
     prompts = read_batch(options.input, column=options.column)
-    arms = _check_arms(arms, prompts, list(circuits))
+    arms = _check_arms(arms, prompts, circuits)
     rows = plan(prompts, arms, sampling, samples=options.samples, raw=options.raw)
     if options.seed is not None:
         rest = [*rest, "--seed", str(options.seed)]  # it has always been the engine's too
 
-    from cna_vllm.cli.engine_args import (
-        add_section,
-        launch,
-        parse_engine_args,
-        prefill_whole_on_cpu,
-    )
-
-    args = parse_engine_args("generate", rest)
-    add_section(args, {"circuits": {name: str(path) for name, (path, _) in circuits.items()}})
-    if any("seed" in row.sampling for row in rows):
-        prefill_whole_on_cpu(args)
-    check_sampling(rows, sampling)
-    check_admission({row.arm: None for row in rows}, args)
+    section = {"circuits": {name: path for name, (path, _) in circuits.items()}}
+    args = checked_args("generate", rest, section, rows, sampling)
     _check_models(rows, {args.model, Path(args.model).name, *rest})
-    digests = {f"circuit {name}": circuit.digest for name, (_, circuit) in circuits.items()}
+    digests = {f"circuit {name}": digest for name, (_, digest) in circuits.items()}
     identity = {**engine_identity(args), **digests}
 
     from cna_vllm.batch.runner import rows_done, run_batch
+    from cna_vllm.cli.engine_args import launch
 
     if options.restart:
         discard(target)
     if done := rows_done(rows, target, identity):
-        print(f"going on: {done} of {len(rows)} rows are there", file=sys.stderr)
+        say(f"going on: {done} of {len(rows)} rows are there")
     advice = f"rows are kept in {partial_path(target)}; run the same command again to go on"
     with going_on(advice if done else ""):
         llm = launch(args)
     with going_on(advice):
         run_batch(llm, rows, target, identity=identity)
-    print(f"{len(rows)} rows in {options.output}", file=sys.stderr)
+    say(f"{len(rows)} rows in {options.output}")
     return 0
 
 
-def _arms(options: argparse.Namespace, circuits: Sequence[str]) -> list[Arm]:
-    """Every circuit at every multiplier, then those given by --arm."""
-    if options.multiplier and not circuits:
-        raise UsageError("--multiplier needs a --circuit NAME=C.json")
-    arms = [
-        steering_arm([(name, multiplier)], options.scope)
-        for name in circuits
-        for multiplier in dict.fromkeys(options.multiplier)
-    ]
-    return arms + [parse_arm(text, (), circuits) for text in options.arm]
-
-
 def _check_arms(
-    arms: Sequence[Arm], prompts: Sequence[BatchPrompt], circuits: Sequence[str]
+    arms: Sequence[Arm], prompts: Sequence[BatchPrompt], circuits: Container[str]
 ) -> list[Arm]:
     """The arms of rows that have none of their own; all arms name circuits that are loaded."""
     steered = [prompt for prompt in prompts if prompt.arm is not None]
@@ -110,11 +94,7 @@ def _check_arms(
     named = [(f"--arm {arm.name}", arm) for arm in chosen]
     named += [(prompt.source, prompt.arm) for prompt in steered if prompt.arm is not None]
     for where, arm in named:
-        for name, _ in arm.circuits:
-            if name not in circuits:
-                raise UsageError(
-                    f"{where}: no circuit is named {show(name)}; add --circuit {name}=C.json"
-                )
+        check_known(where, (name for name, _ in arm.circuits), circuits)
     return chosen
 
 
@@ -131,16 +111,8 @@ def _check_models(rows: Sequence[Request], names: Container[str]) -> None:
 
 def _parser() -> OptionParser:
     parser = OptionParser("generate", _DESCRIPTION, model="MODEL")
+    add_batch_options(parser)
     add = parser.add_argument
-    add("--circuit", action="append", default=[], metavar="NAME=C.json", help="may be repeated")
-    add(
-        "--multiplier",
-        nargs="+",
-        type=float,
-        default=[],
-        metavar="M",
-        help="0 ablates, 1 is the plain model, above 1 amplifies",
-    )
     add(
         "--scope",
         choices=SCOPES,
@@ -148,18 +120,8 @@ def _parser() -> OptionParser:
         help="steered positions: from the last prompt token on, all, or generated ones only "
         f"(default: {DEFAULT_SCOPE})",
     )
-    add(
-        "--arm",
-        action="append",
-        default=[],
-        metavar="NAME=CIRCUIT@M[+CIRCUIT@M...][:SCOPE]",
-        help="a further arm, or NAME=plain; may be repeated",
-    )
     add("--input", required=True, metavar="FILE", help=".txt, .jsonl or .csv, see above")
-    add("--column", help="column of a .csv file (default: prompt)")
     add("--output", required=True, metavar="OUT.jsonl")
     add("--overwrite", action="store_true", help="replace OUT.jsonl")
     add("--restart", action="store_true", help="discard the rows of an unfinished run")
-    add("--raw", action="store_true", help="do not apply the chat template")
-    add_sampling_options(parser)
     return parser

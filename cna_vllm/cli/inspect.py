@@ -7,7 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cna_vllm.cli.options import OptionParser, UsageError, check_output, check_plot, positive_int
+from cna_vllm.cli.options import OptionParser
+from cna_vllm.cli.usage import UsageError, check_output, check_plot
 from cna_vllm.steering.circuit import Circuit, Neuron, shared_neurons
 
 if TYPE_CHECKING:
@@ -20,8 +21,7 @@ def run(argv: list[str]) -> int:
         raise UsageError("--top must be at least 0")
     if options.save:
         check_output(options.save, options.overwrite)
-    if options.plot:
-        check_plot(options.plot, options.overwrite)
+    check_plot(options.plot, options.overwrite)
     circuit = _load(options.circuit, options.model)
     others = {path: _load(path, options.model) for path in options.beside}
     for other in others.values():
@@ -59,37 +59,30 @@ def run(argv: list[str]) -> int:
 
 def _parser() -> OptionParser:
     parser = OptionParser("inspect", "Show what a circuit file holds.")
-    parser.add_argument("circuit", metavar="C.json")
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="strongest neurons shown")
-    parser.add_argument(
+    add = parser.add_argument
+    add("circuit", metavar="C.json")
+    add("--top", type=int, default=10, metavar="N", help="strongest neurons shown")
+    add(
         "--model",
         help="the circuit's model, a folder, a hub id or smollm2: shows the vocabulary items that "
         "the neurons promote and suppress; names the model of a file of another format",
     )
-    parser.add_argument(
-        "--tokens",
-        type=positive_int,
-        default=5,
-        metavar="N",
-        help="vocabulary items shown with --model, each way (default: 5)",
-    )
-    parser.add_argument(
+    parser.add_count("--tokens", "vocabulary items shown with --model, each way (default: 5)", 5)
+    parser.add_list(
         "--with",
-        dest="beside",
-        action="append",
-        default=[],
-        metavar="D.json",
-        help="say how many neurons are in this circuit, too: together they get the product of the "
+        "D.json",
+        "say how many neurons are in this circuit, too: together they get the product of the "
         "multipliers; may be repeated",
+        dest="beside",
     )
-    parser.add_argument("--json", action="store_true", help="write JSON instead of text")
-    parser.add_argument("--plot", metavar="P.png", help="draw layer profile and strongest neurons")
-    parser.add_argument(
+    add("--json", action="store_true", help="write JSON instead of text")
+    add("--plot", metavar="P.png", help="draw layer profile and strongest neurons")
+    add(
         "--save",
         metavar="OUT.json",
         help="write the circuit in our own format; of --model, only the configuration is read then",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT.json and P.png")
+    add("--overwrite", action="store_true", help="replace OUT.json and P.png")
     return parser
 
 

@@ -151,11 +151,9 @@ def _last(messages: int) -> str:
     """What was told last."""
     os.set_blocking(messages, False)
     told = b""
-    try:
+    with suppress(BlockingIOError):  # a process that could not be ended holds the other end
         while part := os.read(messages, _LONGEST):
             told += part
-    except BlockingIOError:  # a process that could not be ended holds the other end
-        pass
     return told.rstrip(b"\0").rpartition(b"\0")[2].decode("utf-8", "replace")
 
 
@@ -198,10 +196,9 @@ def _kill_newborn(child: int) -> None:
 
 def _age(pid: int) -> float:
     """Seconds since a process was started; infinite for one that has ended."""
-    stat = _read(f"/proc/{pid}/stat")
-    if not stat:
+    if not (stat := _stat(pid)):
         return math.inf
-    ticks = int(stat.rpartition(b")")[2].split()[19])
+    ticks = int(stat[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
@@ -245,12 +242,8 @@ def _reaped() -> Iterator[tuple[int, int]]:
 
 def _descendants(others: set[int]) -> set[int]:
     """All but `others` and what is below those."""
-    parents: dict[int, int] = {}
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            stat = _read(f"/proc/{name}/stat")
-            if stat:  # PID (NAME) STATE PARENT ...; the name may hold anything
-                parents[int(name)] = int(stat.rpartition(b")")[2].split()[1])
+    stats = {int(name): _stat(int(name)) for name in os.listdir("/proc") if name.isdecimal()}
+    parents = {pid: int(stat[1]) for pid, stat in stats.items() if stat}
     found, wave = set[int](), {os.getpid()}
     while wave := {pid for pid, parent in parents.items() if parent in wave} - found - others:
         found |= wave
@@ -259,6 +252,12 @@ def _descendants(others: set[int]) -> set[int]:
 
 def _is_tracker(pid: int) -> bool:
     return b"multiprocessing.resource_tracker" in _read(f"/proc/{pid}/cmdline")
+
+
+def _stat(pid: int) -> list[bytes]:
+    """State, parent and so on; empty for one that has ended."""
+    # PID (NAME) STATE PARENT ...; the name may hold anything.
+    return _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
 
 
 def _read(path: str) -> bytes:
@@ -273,11 +272,9 @@ def _say(first: int, message: str) -> None:
     """The last line. Processes may have left an open one: a progress bar, or nanobind's leaks."""
     what = "interrupted" if first == signal.SIGINT else f"ended by {signal.Signals(first).name}"
     line = f"cna-vllm: {what}: {message}" if message else f"cna-vllm: {what}"
-    try:
+    with suppress(OSError):  # the terminal is closed
         start = "\r\x1b[K" if sys.stderr.isatty() else "\n"
         print(start + line, file=sys.stderr, flush=True)
-    except OSError:  # the terminal is closed
-        return
 
 
 def _prctl(option: int, value: int) -> None:

@@ -9,22 +9,11 @@ model and vLLM's flags, goes to `engine_args`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import NoReturn
+from collections.abc import Container, Iterator, Sequence
+from typing import Any, NoReturn
 
 from cna_vllm.cli.config_file import Group, flag, take_ours
-from cna_vllm.cli.usage import UsageError
-from cna_vllm.steering.circuit import Circuit
-
-__all__ = [
-    "OptionParser",
-    "UsageError",
-    "check_output",
-    "check_plot",
-    "load_circuits",
-    "positive_int",
-]
+from cna_vllm.cli.usage import UsageError, positive_int
 
 _ENGINE_HELP = (
     "MODEL is a folder, a hub id, or smollm2 (a small model that is built on first use).\n"
@@ -48,15 +37,21 @@ class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see cna-vllm {self.command} --help")
 
+    def add_list(self, name: str, metavar: str, text: str, **more: Any) -> None:
+        """An option that may be repeated; an empty list where it is not given."""
+        self.add_argument(name, action="append", default=[], metavar=metavar, help=text, **more)
+
+    def add_count(self, name: str, text: str, default: int | None = None) -> None:
+        """An option that takes a whole number of at least 1."""
+        self.add_argument(name, type=positive_int, default=default, metavar="N", help=text)
+
     def split(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         """This command's options, and the arguments left for the engine, as they were written.
 
         Options may also stand in the YAML file of vLLM's `--config`, beside vLLM's own. What may
         be repeated is then taken from both places; any other option has one value. `--help=...`,
-        the form in which vLLM searches its flags, prints those and exits.
-
-        Raises:
-            UsageError: a mistake in an option, or in that file.
+        the form in which vLLM searches its flags, prints those and exits. Raises UsageError for a
+        mistake in an option, or in that file.
         """
         if any(argument.startswith("--help=") for argument in argv):
             from cna_vllm.cli.engine_args import parse_engine_args
@@ -75,6 +70,14 @@ class OptionParser(argparse.ArgumentParser):
             from_file, rest = take_ours(rest, self._option_string_actions, given)
             mine = [*from_file, *mine]
         return self.parse_args([word for group in mine for word in group]), rest
+
+    def refuse_others(
+        self, options: argparse.Namespace, taken: Container[str], flag: str, why: str
+    ) -> None:
+        """Raises UsageError for an option that is given and not one of `taken`, those of `flag`."""
+        for name, value in vars(options).items():
+            if name not in taken and value != self.get_default(name):
+                raise UsageError(f"{flag} takes no --{name.replace('_', '-')}; {why}")
 
     def _groups(self, argv: Sequence[str]) -> Iterator[tuple[argparse.Action | None, Group]]:
         """Each of this command's options with its values; everything else word by word, but a
@@ -105,52 +108,6 @@ class OptionParser(argparse.ArgumentParser):
             name = flag(word)
             yield action, (name + word[len(name) :], *argv[at + 1 : end])
             at = end
-
-
-def load_circuits(arguments: Sequence[str]) -> dict[str, tuple[Path, Circuit]]:
-    """Parses and loads `NAME=C.json` arguments: name -> absolute path and circuit.
-
-    Raises:
-        UsageError: not of that form, or a name given twice.
-        CircuitError: a file is not a valid circuit.
-    """
-    circuits: dict[str, tuple[Path, Circuit]] = {}
-    for argument in arguments:
-        name, separator, path = argument.partition("=")
-        if not (name and separator and path):
-            raise UsageError(f"--circuit {argument!r}: write it as NAME=C.json")
-        if name in circuits:
-            raise UsageError(f"--circuit: the name {name!r} is given twice")
-        circuits[name] = (Path(path).resolve(), Circuit.load(path))
-    return circuits
-
-
-def check_output(path: str, overwrite: bool) -> None:
-    """Raises UsageError if `path` exists and may not be replaced, or lies in no folder."""
-    target = Path(path)
-    if not target.absolute().parent.is_dir():
-        raise UsageError(f"{path}: the folder {str(target.parent)!r} does not exist")
-    if target.is_dir():
-        raise UsageError(f"{path}: is a folder; name a file")
-    if target.exists() and not overwrite:
-        raise UsageError(f"{path}: exists; choose another name or add --overwrite")
-
-
-def check_plot(path: str, overwrite: bool) -> None:
-    """`check_output` for a picture: raises UsageError also where the name does not end in .png."""
-    if Path(path).suffix.lower() != ".png":
-        raise UsageError(f"{path}: pictures are PNG files; name it P.png")
-    check_output(path, overwrite)
-
-
-def positive_int(text: str) -> int:
-    """An option's value that counts something."""
-    try:
-        if (value := int(text)) >= 1:
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
 
 
 def _is_flag(word: str) -> bool:

@@ -21,12 +21,8 @@ _NAMED = ("circuits", "vectors", "adapters")
 
 
 def section_of(additional_config: Any) -> dict[str, Any]:
-    """What `additional_config` says of ours; empty where it says nothing. Only its shape is
-    checked: limits may be set elsewhere.
-
-    Raises:
-        UsageError: it is not an object, or one of its parts that have names is not.
-    """
+    """What `additional_config` says of ours; empty where it says nothing. Raises UsageError for
+    another shape, and for nothing else: limits may be set elsewhere."""
     if not isinstance(additional_config, Mapping) or CONFIG_KEY not in additional_config:
         return {}
     section = additional_config[CONFIG_KEY]
@@ -39,21 +35,14 @@ def section_of(additional_config: Any) -> dict[str, Any]:
 
 
 def with_section(additional_config: Any, section: Section) -> dict[str, Any]:
-    """`additional_config` with this section in it.
-
-    Raises:
-        CnaConfigError: no engine can be started with it.
-    """
+    """`additional_config` with this section in it; raises CnaConfigError if no engine takes it."""
     config = {**(additional_config or {}), CONFIG_KEY: dict(section)}
     CnaConfig.from_additional_config(config)
     return config
 
 
 def merge(first: Section, second: Section, where: str = "additional_config") -> dict[str, Any]:
-    """Everything that both say.
-
-    Args:
-        where: what `first` is called in messages.
+    """Everything that both say; messages call the first one `where`.
 
     Raises:
         UsageError: one name has two contents, or one setting two values.
@@ -106,9 +95,8 @@ def describe(adapter: Mapping[str, Any]) -> str:
 
 
 def _list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [one for one in values if one is not None]
 
 
 def _same(key: str, first: Any, second: Any) -> bool:

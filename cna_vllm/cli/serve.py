@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cna_vllm.checkpoints.models import resolve_model
-from cna_vllm.cli.options import OptionParser, UsageError, load_circuits, positive_int
+from cna_vllm.cli.options import OptionParser
 from cna_vllm.cli.section import loaded, merge, section_of, with_section
+from cna_vllm.cli.usage import UsageError, check_known, located, named_files, say
 from cna_vllm.files import FileError, read_json
 from cna_vllm.serving.config import CONFIG_KEY
 from cna_vllm.serving.front.adapter import Adapter
@@ -28,6 +28,7 @@ from cna_vllm.steering.request import SteeringError
 
 ADAPTERS_FILE = "adapters.json"
 _MAX_ADAPTERS_BYTES = 2**24
+_NAMED = ("circuit", "circuits", "adapter")  # of our flags; the others are settings
 
 
 def run(argv: list[str]) -> int:
@@ -44,7 +45,7 @@ def run(argv: list[str]) -> int:
     if (registry_dir := cna.get("registry_dir")) is not None:
         RegistryStore(registry_dir).claim()
     os.environ["VLLM_PLUGINS"] = plugins_with_ours(os.environ.get("VLLM_PLUGINS"))
-    print(f"cna-vllm: {loaded(cna)}", file=sys.stderr, flush=True)
+    say(f"cna-vllm: {loaded(cna)}")
     try:
         serve(args)
     except KeyboardInterrupt:  # vLLM's word for SIGTERM; what there is to say follows
@@ -53,35 +54,28 @@ def run(argv: list[str]) -> int:
 
 
 def cna_section(options: argparse.Namespace) -> dict[str, Any]:
-    """What our flags say, but for --adapter; all files are read, so that mistakes are told at once.
-
-    Raises:
-        UsageError, CircuitError, SteeringError: with the flag or the file.
-    """
-    circuits = {name: str(path) for name, (path, _) in load_circuits(options.circuit).items()}
-    section: dict[str, Any] = {"circuits": circuits} if circuits else {}
+    """What our flags say, but for --adapter; all files are read, so that mistakes are told at once:
+    raises UsageError, CircuitError, SteeringError with the flag or the file."""
+    circuits = located(Circuit.load, named_files("--circuit", options.circuit))
+    section: dict[str, Any] = {}
+    if circuits:
+        section["circuits"] = {name: path for name, (path, _) in circuits.items()}
     if options.circuits is not None:
         section = merge(_folder(Path(options.circuits)), section, f"--circuits {options.circuits}")
     for argument in options.adapter:
         if not all(_named(argument)):
             raise UsageError(f"--adapter {argument!r}: write it as NAME=CIRCUIT@M[:SCOPE]")
-    for key in ("circuit_dir", "registry_dir"):
-        if (folder := getattr(options, key)) is not None:
-            if key == "circuit_dir" and not Path(folder).is_dir():
-                raise UsageError(f"--circuit-dir {folder}: is not a folder")
-            section[key] = str(Path(folder).resolve())
-    for key in ("max_circuits", "max_circuits_per_request", "max_multiplier", "max_neurons"):
-        if (value := getattr(options, key)) is not None:
-            section[key] = value
+    if options.circuit_dir is not None and not Path(options.circuit_dir).is_dir():
+        raise UsageError(f"--circuit-dir {options.circuit_dir}: is not a folder")
+    for key, value in vars(options).items():
+        if value is not None and key not in _NAMED:
+            section[key] = str(Path(value).resolve()) if key.endswith("_dir") else value
     return section
 
 
 def add_to(args: argparse.Namespace, flags: Mapping[str, Any], adapters: Sequence[str]) -> None:
-    """Puts what our flags say into `args.additional_config`, beside what is there.
-
-    Args:
-        flags: what `cna_section` returned.
-        adapters: the values of --adapter; their circuits may be given in any place.
+    """Puts what `cna_section` returned, and --adapter, into `args.additional_config`, beside what
+    is there; the adapters' circuits may be given in any place.
 
     Raises:
         UsageError, SteeringError, CnaConfigError: with the flag or the setting.
@@ -96,12 +90,8 @@ def add_to(args: argparse.Namespace, flags: Mapping[str, Any], adapters: Sequenc
             raise UsageError(f"--adapter {argument!r}: {error}") from error
         section = merge(section, {"adapters": {name: adapter}}, "what came before")
     for name, value in section.get("adapters", {}).items():
-        for circuit in Adapter.from_dict(value).circuits():
-            if circuit not in section.get("circuits", {}):
-                raise UsageError(
-                    f"adapter {show(name)}: no circuit is named {show(circuit)}; add --circuit "
-                    f"{circuit}=C.json"
-                )
+        circuits = Adapter.from_dict(value).circuits()
+        check_known(f"adapter {show(name)}", circuits, section.get("circuits", {}))
     if section.get("registry_dir") is not None and section.get("circuit_dir") is None:
         raise UsageError("--registry-dir keeps what is loaded at run time; add --circuit-dir")
     args.additional_config = with_section(args.additional_config, section)
@@ -167,37 +157,30 @@ def server_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def _parser() -> OptionParser:
     parser = OptionParser("serve", "vLLM's OpenAI server, with circuits.", model="MODEL")
-    parser.add_argument(
-        "--circuit", action="append", default=[], metavar="NAME=C.json", help="may be repeated"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    parser.add_list("--circuit", "NAME=C.json", "may be repeated")
+    add(
         "--circuits",
         metavar="DIR",
         help=f"every NAME.json in DIR; {ADAPTERS_FILE} there maps names to adapters",
     )
-    parser.add_argument(
+    parser.add_list(
         "--adapter",
-        action="append",
-        default=[],
-        metavar="NAME=CIRCUIT@M[:SCOPE]",
-        help="a model name that is steered; several circuits are joined with +; may be repeated",
+        "NAME=CIRCUIT@M[:SCOPE]",
+        "a model name that is steered; several circuits are joined with +; may be repeated",
     )
-    parser.add_argument(
+    add(
         "--circuit-dir",
         metavar="DIR",
         help="allow circuits to be loaded over HTTP, from files in this folder only",
     )
-    parser.add_argument(
+    add(
         "--registry-dir",
         metavar="DIR",
         help="keep what was loaded over HTTP here, across restarts and for all API servers",
     )
-    parser.add_argument("--max-circuits", type=positive_int, metavar="N", help="default: 128")
-    parser.add_argument(
-        "--max-circuits-per-request", type=positive_int, metavar="N", help="default: 4"
-    )
-    parser.add_argument("--max-multiplier", type=float, metavar="M", help="default: 1000")
-    parser.add_argument(
-        "--max-neurons", type=positive_int, metavar="N", help="of a circuit loaded over HTTP"
-    )
+    parser.add_count("--max-circuits", "default: 128")
+    parser.add_count("--max-circuits-per-request", "default: 4")
+    add("--max-multiplier", type=float, metavar="M", help="default: 1000")
+    parser.add_count("--max-neurons", "of a circuit loaded over HTTP")
     return parser

@@ -28,7 +28,6 @@ class Comparison:
     """Two circuits side by side; made by `compare`.
 
     Attributes:
-        first, second: the circuits.
         common: the neurons in both, each as it is in the first and in the second.
         by_layer: for every layer the neurons of the first, of the second, and in both.
         jaccard: common neurons of all neurons in either, 0 to 1.
@@ -54,11 +53,8 @@ class Comparison:
 
 
 def compare(first: Circuit, second: Circuit) -> Comparison:
-    """Compares two circuits neuron by neuron, for instance of a base and an instruct model.
-
-    Raises:
-        CircuitError: architectures or dimensions differ, so that no neuron is the same.
-    """
+    """Compares two circuits neuron by neuron; raises CircuitError where no neuron is the same,
+    since architectures or dimensions differ."""
     if _shape(first) != _shape(second):
         raise CircuitError(
             f"{_describe(first)} cannot be compared with {_describe(second)}: "

@@ -11,19 +11,22 @@ import io
 import os
 import textwrap
 from collections.abc import Sequence
+from functools import cache
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager
+from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, StrMethodFormatter
 
 from cna_vllm.files import write_atomic
 from cna_vllm.reading.compare import Comparison
-from cna_vllm.reading.glyphs import drawable, families
 from cna_vllm.reading.profile import late_shares
 from cna_vllm.reading.report import expected_text
-from cna_vllm.reading.tokens import columns, visible
+from cna_vllm.reading.tokens import columns, escape, visible
 from cna_vllm.reading.vocabulary import Item, Reading
 from cna_vllm.steering.circuit import Circuit, Neuron
 
@@ -35,6 +38,17 @@ _DPI = 120
 _TITLE_WIDTH = 110  # characters
 _TOKEN_WIDTH, _CELL_WIDTH = 16, 48
 
+_BASE = "DejaVu Sans"  # comes with matplotlib
+_MORE = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "WenQuanYi Zen Hei",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "Arial Unicode MS",
+)
+
 
 def plot_circuit(
     circuit: Circuit,
@@ -44,10 +58,8 @@ def plot_circuit(
 ) -> None:
     """Draws neurons by layer and sign, and the `neurons` with their deltas and vocabulary items.
 
-    At most MAX_NEURONS of them are drawn, the first ones.
-
-    Raises:
-        OSError: `path` cannot be written; it is then as it was.
+    At most MAX_NEURONS of them are drawn, the first ones. Raises OSError if `path` cannot be
+    written; it is then as it was.
     """
     neurons, readings = neurons[:MAX_NEURONS], readings[:MAX_NEURONS]
     rows = 0.29 * len(neurons) + 0.5
@@ -60,18 +72,16 @@ def plot_circuit(
         bars = figure.add_subplot(grid[1, 0] if readings else grid[1, :])
         _draw_strongest(bars, neurons)
         if readings:
-            head = "promotes, strongest first", "suppresses, strongest first"
-            for column, side in enumerate((0, 1), start=1):
-                cells = [_cell(r.suppresses if side else r.promotes) for r in readings]
-                _draw_cells(figure.add_subplot(grid[1, column], sharey=bars), head[side], cells)
+            for column, side in enumerate(("promotes", "suppresses"), start=1):
+                cells = [_cell(getattr(reading, side)) for reading in readings]
+                _draw_cells(figure.add_subplot(grid[1, column], sharey=bars), side, cells)
     _save(figure, path)
 
 
 def plot_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> None:
     """Draws both circuits by layer with what they share, late shares, and the common deltas.
 
-    Raises:
-        OSError: `path` cannot be written; it is then as it was.
+    Raises OSError as `plot_circuit` does.
     """
     first, second = comparison.first, comparison.second
     chance = comparison.uniform
@@ -100,44 +110,37 @@ def _draw_profile(axes: Axes, circuit: Circuit) -> None:
     if any(by_sign[1]):
         axes.bar(layers, by_sign[1], color=_BLUE, label="higher on positive prompts")
     if any(by_sign[-1]):
-        down = [-count for count in by_sign[-1]]
-        label = "higher on negative prompts"
-        axes.bar(layers, down, color=_ORANGE, hatch=_HATCH, edgecolor="white", label=label)
+        _draw_down(axes, by_sign[-1], "higher on negative prompts")
     if any(by_sign[0]):
         label = "activation difference unknown"
         axes.bar(layers, by_sign[0], bottom=by_sign[1], color=_GREY, hatch="..", label=label)
     shares = "   ".join(f"{s.name}: {s.share:.0%}" for s in late_shares(circuit))
-    _layer_axis(axes, circuit.num_layers, f"neurons by layer      {shares}")
-    _shade_last_quarter(axes, circuit)
-    _legend(axes)
+    _finish_layers(axes, circuit, f"neurons by layer      {shares}")
+
+
+def _draw_down(axes: Axes, counts: Sequence[int], label: str) -> None:
+    down = [-count for count in counts]
+    axes.bar(range(len(down)), down, color=_ORANGE, hatch=_HATCH, edgecolor="white", label=label)
 
 
 def _draw_strongest(axes: Axes, neurons: Sequence[Neuron]) -> None:
     """A bar for every neuron, the strongest at the top; its sign is also its direction."""
-    places = range(len(neurons))
-    for place, neuron in zip(places, neurons, strict=True):
-        negative = neuron.delta < 0
-        axes.barh(
-            place,
-            neuron.delta,
-            color=_ORANGE if negative else _BLUE,
-            hatch=_HATCH if negative else None,
-            edgecolor="white",
-        )
-        axes.annotate(
-            f"{neuron.delta:+.3g}" if neuron.delta else "unknown",
-            (neuron.delta, place),
-            xytext=(-4 if negative else 4, 0),
-            textcoords="offset points",
-            ha="right" if negative else "left",
-            va="center",
-            fontsize=8,
-        )
-    axes.set_yticks(list(places), [f"layer {n.layer} · {n.index}" for n in neurons], fontsize=8)
+    deltas = [neuron.delta for neuron in neurons]
+    bars = axes.barh(
+        range(len(neurons)),
+        deltas,
+        color=[_ORANGE if delta < 0 else _BLUE for delta in deltas],
+        hatch=[_HATCH if delta < 0 else "" for delta in deltas],
+        edgecolor="white",
+        tick_label=[f"layer {n.layer} · {n.index}" for n in neurons],
+    )
+    numbers = [f"{delta:+.3g}" if delta else "unknown" for delta in deltas]
+    axes.bar_label(bars, numbers, padding=4, fontsize=8)
+    axes.tick_params("y", labelsize=8)
     axes.set_ylim(len(neurons) - 0.4, -0.6)
     # Room for the numbers at the ends of the bars.
-    reach = max(abs(neuron.delta) for neuron in neurons) or 1.0
-    low, high = min(n.delta for n in neurons), max(n.delta for n in neurons)
+    low, high = min(deltas), max(deltas)
+    reach = max(-low, high) or 1.0
     axes.set_xlim(-1.3 * reach if low < 0 else 0, 1.3 * reach if high > 0 or low == 0 else 0)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.xaxis.set_major_locator(MaxNLocator(5) if low or high else NullLocator())
@@ -145,11 +148,11 @@ def _draw_strongest(axes: Axes, neurons: Sequence[Neuron]) -> None:
     _heading(axes, f"strongest {_count(len(neurons))}")
 
 
-def _draw_cells(axes: Axes, head: str, cells: Sequence[str]) -> None:
+def _draw_cells(axes: Axes, side: str, cells: Sequence[str]) -> None:
     for place, cell in enumerate(cells):
         axes.text(0, place, cell, fontsize=8.5, va="center", clip_on=False)
     axes.set_axis_off()
-    _heading(axes, head)
+    _heading(axes, f"{side}, strongest first")
 
 
 def _draw_profiles(axes: Axes, comparison: Comparison) -> None:
@@ -157,48 +160,37 @@ def _draw_profiles(axes: Axes, comparison: Comparison) -> None:
     a, b, both = (list(counts) for counts in zip(*comparison.by_layer, strict=True))
     layers = range(len(both))
     axes.bar(layers, a, color=_BLUE, label="A only")
-    axes.bar(
-        layers,
-        [-count for count in b],
-        color=_ORANGE,
-        hatch=_HATCH,
-        edgecolor="white",
-        label="B only",
-    )
+    _draw_down(axes, b, "B only")
     if any(both):
         axes.bar(layers, both, color="black", label="in both")
         axes.bar(layers, [-count for count in both], color="black")
-    _layer_axis(axes, len(both), "neurons by layer")
-    _shade_last_quarter(axes, comparison.first)
-    _legend(axes)
+    _finish_layers(axes, comparison.first, "neurons by layer")
 
 
 def _draw_shares(axes: Axes, comparison: Comparison) -> None:
     first, second = late_shares(comparison.first), late_shares(comparison.second)
-    places = range(len(first))
+    places = np.arange(len(first))
     for offset, letter, shares, color, hatch in (
         (-0.2, "A", first, _BLUE, None),
         (0.2, "B", second, _ORANGE, _HATCH),
     ):
-        heights = [share.share for share in shares]
         bars = axes.bar(
-            [place + offset for place in places],
-            heights,
+            places + offset,
+            [share.share for share in shares],
             0.38,
             label=letter,
             color=color,
             hatch=hatch,
             edgecolor="white",
         )
-        axes.bar_label(bars, [f"{height:.0%}" for height in heights], fontsize=8, padding=2)
-    for place, share in zip(places, first, strict=True):
-        ends = (place - 0.42, place + 0.42)
-        label = "spread evenly over layers" if place == 0 else "_"  # once in the legend
-        axes.hlines(share.uniform, *ends, color="black", linestyle="--", linewidth=1.2, label=label)
-    axes.set_xticks(list(places), [share.name for share in first])
+        axes.bar_label(bars, fmt="{:.0%}", fontsize=8, padding=2)
+    even = [share.uniform for share in first]
+    lines = axes.hlines(even, places - 0.42, places + 0.42, color="black", linewidth=1.2)
+    lines.set(linestyle="--", label="spread evenly over layers")
+    axes.set_xticks(places, [share.name for share in first])
     axes.set_ylim(0, 1.3)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.0%}"))
     axes.set_ylabel("share of the circuit")
     _heading(axes, "late layers")
     axes.legend(loc="upper left", ncols=3, fontsize=8, frameon=False)
@@ -228,8 +220,9 @@ def _draw_deltas(axes: Axes, comparison: Comparison) -> None:
     axes.legend(loc="best", fontsize=8, frameon=True, framealpha=0.9)
 
 
-def _layer_axis(axes: Axes, num_layers: int, heading: str) -> None:
-    axes.set_xlim(-0.7, num_layers - 0.3)
+def _finish_layers(axes: Axes, circuit: Circuit, heading: str) -> None:
+    """The axes of bars by layer: their scales, the last quarter shaded, and the legend."""
+    axes.set_xlim(-0.7, circuit.num_layers - 0.3)
     axes.set_xlabel("layer")
     axes.set_ylabel("neurons")
     axes.xaxis.set_major_locator(MaxNLocator(20, integer=True, min_n_ticks=1))
@@ -238,20 +231,8 @@ def _layer_axis(axes: Axes, num_layers: int, heading: str) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.margins(y=0.08)
     _heading(axes, heading)
-
-
-def _shade_last_quarter(axes: Axes, circuit: Circuit) -> None:
-    quarter = late_shares(circuit)[-1]
-    axes.axvspan(
-        quarter.first_layer - 0.5,
-        circuit.num_layers - 0.5,
-        color=_SHADE,
-        zorder=0,
-        label="last quarter of layers",
-    )
-
-
-def _legend(axes: Axes) -> None:
+    ends = late_shares(circuit)[-1].first_layer - 0.5, circuit.num_layers - 0.5
+    axes.axvspan(*ends, color=_SHADE, zorder=0, label="last quarter of layers")
     axes.legend(loc="upper left", fontsize=8, framealpha=0.9)
 
 
@@ -290,7 +271,29 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a pair of dollar signs in a token or a name is no formula
-        text.set_fontfamily(families())
+        text.set_fontfamily(_families())
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     write_atomic(path, [buffer.getvalue()])
+
+
+@cache
+def _families() -> list[str]:
+    """Font families to draw with: matplotlib's own, then installed ones for other scripts."""
+    installed = {entry.name for entry in fontManager.ttflist}
+    return [_BASE, *(name for name in _MORE if name in installed)]
+
+
+def drawable(text: str) -> str:
+    """`text` with each character that no font can draw as `\\u4e2d`, instead of an empty box."""
+    return "".join(char if _has_glyph(char) else escape(char) for char in text)
+
+
+@cache
+def _has_glyph(char: str) -> bool:
+    return char == "\n" or any(font.get_char_index(ord(char)) for font in _fonts())
+
+
+@cache
+def _fonts() -> list[FT2Font]:
+    return [FT2Font(findfont(FontProperties(family=name))) for name in _families()]

@@ -17,8 +17,6 @@ class LateShare:
 
     Attributes:
         name: `last 10%`, `last three layers` or `last quarter`; layers are rounded up.
-        first_layer: the first of those layers.
-        neurons: the circuit's neurons there.
         share: `neurons` of all neurons of the circuit, 0 to 1.
         uniform: the share that neurons spread evenly over all layers would have.
     """

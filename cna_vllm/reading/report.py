@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cna_vllm.reading.compare import Chance, Comparison
-from cna_vllm.reading.profile import LateShare, bar_chart, late_shares, layer_counts
+from cna_vllm.reading.profile import bar_chart, late_shares, layer_counts
 from cna_vllm.reading.tokens import visible
 from cna_vllm.reading.vocabulary import Item, Reading
 from cna_vllm.steering.circuit import Circuit, Neuron
@@ -41,19 +41,17 @@ def neurons_text(neurons: Sequence[Neuron]) -> str:
 
 def readings_text(readings: Sequence[Reading], *, suppresses: bool = True) -> str:
     """`neurons_text` with the vocabulary items, a line of promoted and one of suppressed ones."""
-    lines = [f"strongest {len(readings)}", "layer  index       delta  promotes (+), suppresses (-)"]
+    heading, plus = ("promotes (+), suppresses (-)", "+ ") if suppresses else ("promotes", "")
+    lines = [f"strongest {len(readings)}", f"layer  index       delta  {heading}"]
     for reading in readings:
         start = _neuron_line(reading.neuron)
-        lines.append(f"{start}  + {items_text(reading.promotes)}".rstrip())
+        lines.append(f"{start}  {plus}{_items_text(reading.promotes)}".rstrip())
         if suppresses:
-            lines.append(f"{'':{len(start)}}  - {items_text(reading.suppresses)}".rstrip())
-    if not suppresses:
-        lines[1] = "layer  index       delta  promotes"
-        lines[2:] = [line.replace("  + ", "  ", 1) for line in lines[2:]]
+            lines.append(f"{'':{len(start)}}  - {_items_text(reading.suppresses)}".rstrip())
     return "\n".join(lines)
 
 
-def items_text(items: Sequence[Item]) -> str:
+def _items_text(items: Sequence[Item]) -> str:
     return "  ".join(visible(item.text, _TOKEN_WIDTH) for item in items)
 
 
@@ -61,16 +59,12 @@ def circuit_json(
     circuit: Circuit, neurons: Sequence[Neuron], readings: Sequence[Reading]
 ) -> dict[str, Any]:
     """Everything the text shows; `promotes` and `suppresses` only where `readings` are given."""
-    rows = [_neuron_json(neuron) for neuron in neurons]
-    if readings:
-        rows = [
-            {
-                **_neuron_json(reading.neuron),
-                "promotes": [_item_json(item) for item in reading.promotes],
-                "suppresses": [_item_json(item) for item in reading.suppresses],
-            }
-            for reading in readings
-        ]
+    rows: list[dict[str, Any]] = [
+        {"layer": neuron.layer, "index": neuron.index, "delta": neuron.delta} for neuron in neurons
+    ]
+    for row, reading in zip(rows, readings, strict=False):
+        row["promotes"] = [vars(item) for item in reading.promotes]
+        row["suppresses"] = [vars(item) for item in reading.suppresses]
     return {
         **_head_json(circuit),
         "dtype": circuit.dtype,
@@ -81,7 +75,7 @@ def circuit_json(
         "positive": sum(neuron.delta > 0 for neuron in circuit.neurons),
         "negative": sum(neuron.delta < 0 for neuron in circuit.neurons),
         "neurons_by_layer": layer_counts(circuit),
-        "late_layers": [_share_json(share) for share in late_shares(circuit)],
+        "late_layers": [vars(share) for share in late_shares(circuit)],
         "strongest": rows,
         "lens": LENS if readings else None,
     }
@@ -132,7 +126,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         **{
             name: {
                 **_head_json(circuit),
-                "late_layers": [_share_json(share) for share in late_shares(circuit)],
+                "late_layers": [vars(share) for share in late_shares(circuit)],
             }
             for name, circuit in (("a", comparison.first), ("b", comparison.second))
         },
@@ -173,15 +167,3 @@ def _head_json(circuit: Circuit) -> dict[str, Any]:
         "neurons": len(circuit),
         "digest": circuit.digest,
     }
-
-
-def _neuron_json(neuron: Neuron) -> dict[str, Any]:
-    return {"layer": neuron.layer, "index": neuron.index, "delta": neuron.delta}
-
-
-def _item_json(item: Item) -> dict[str, Any]:
-    return vars(item)
-
-
-def _share_json(share: LateShare) -> dict[str, Any]:
-    return vars(share)

@@ -23,8 +23,11 @@ def token_text(tokenizer: Any, token: int) -> str:
     if _REPLACEMENT in text and raw != text:
         if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", raw):  # byte fallback of SentencePiece
             return f"\\x{raw[3:5].lower()}"
-        if all(char in _BYTES for char in raw):
-            return "".join(f"\\x{_BYTES[char]:02x}" for char in raw)
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        bytes_of = {char: byte for byte, char in bytes_to_unicode().items()}  # byte-level, as GPT-2
+        if all(char in bytes_of for char in raw):
+            return "".join(f"\\x{bytes_of[char]:02x}" for char in raw)
         return str(raw)
     if raw.startswith(_SENTENCEPIECE_SPACE) and not text.startswith(" "):
         return f" {text}"  # decoding a single item drops it
@@ -62,15 +65,3 @@ def columns(text: str) -> int:
 def _is_plain(char: str) -> bool:
     # A mark would be drawn over the character before it.
     return char.isprintable() and not unicodedata.combining(char)
-
-
-def _byte_characters() -> dict[str, int]:
-    """Byte-level vocabularies' character of each byte, as GPT-2 defined it."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    table = {chr(byte): byte for byte in printable}
-    table.update({chr(0x100 + place): byte for place, byte in enumerate(others)})
-    return table
-
-
-_BYTES = _byte_characters()

@@ -59,11 +59,7 @@ class Reading:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a folder or hub id.
-
-    Raises:
-        CheckpointError: there is none that can be read.
-    """
+    """The tokenizer of a folder or hub id; raises CheckpointError if none can be read."""
     from transformers import AutoTokenizer
 
     try:
@@ -97,14 +93,12 @@ def read_neurons(
         columns = columns * _gain(checkpoint, norm)
     unembedding = _unembedding(checkpoint, prefix)
     known = torch.tensor(sorted(set(tokenizer.get_vocab().values())))
-    (high, raised), (low, lowered) = _extremes(checkpoint, unembedding, columns, known, count)
+    ids, scores = _extremes(checkpoint, unembedding, torch.cat([columns, -columns]), known, count)
+    scores[len(neurons) :] *= -1
+    items = [_items(tokenizer, *each) for each in zip(ids, scores, strict=True)]
     return [
-        Reading(
-            neuron,
-            _items(tokenizer, raised[place], high[place]),
-            _items(tokenizer, lowered[place], -low[place]),
-        )
-        for place, neuron in enumerate(neurons)
+        Reading(*each)
+        for each in zip(neurons, items[: len(neurons)], items[len(neurons) :], strict=True)
     ]
 
 
@@ -146,27 +140,25 @@ def _unembedding(checkpoint: Checkpoint, prefix: str) -> str:
 
 def _extremes(
     checkpoint: Checkpoint, name: str, columns: torch.Tensor, known: torch.Tensor, count: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The highest scores and the highest negated scores, descending, with their rows of W_U.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of W_U with the highest scores, and these, descending.
 
-    Every tensor is [neurons, count], with fewer columns where the vocabulary is smaller.
+    Both are [columns, count], with fewer columns where the vocabulary is smaller.
     """
     import torch
 
-    none = torch.empty(len(columns), 0)
-    best = [(none, none.long()), (none, none.long())]
+    best = torch.empty(len(columns), 0)
+    ids = best.long()
     with checkpoint.tensor(name) as tensor:
         total = tensor.get_shape()[0]
         for start in range(0, total, _ROWS):
             stop = min(start + _ROWS, total)
             rows = known[(known >= start) & (known < stop)]
             scores = columns @ tensor[start:stop].float()[rows - start].T
-            for place, signed in enumerate((scores, -scores)):
-                values = torch.cat([best[place][0], signed], 1)
-                ids = torch.cat([best[place][1], rows.expand(len(columns), -1)], 1)
-                values, order = values.topk(min(count, values.shape[1]), 1)
-                best[place] = (values, ids.gather(1, order))
-    return best
+            best = torch.cat([best, scores], 1)
+            best, order = best.topk(min(count, best.shape[1]), 1)
+            ids = torch.cat([ids, rows.expand(len(columns), -1)], 1).gather(1, order)
+    return ids, best
 
 
 def _items(tokenizer: Any, ids: torch.Tensor, scores: torch.Tensor) -> tuple[Item, ...]:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cna_vllm.batch.partial import BatchError, PartialFile, discard, partial_path
+from cna_vllm.batch.partial import BatchError, PartialFile, _lock, discard, partial_path
 
 IDENTITY = {"model": "tiny", "prompts": "1" * 64}
 ROWS = [
@@ -141,7 +141,5 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         late = open(partial_path(target), "a+b")  # noqa: SIM115
         partial.finish()
     with late, pytest.raises(BatchError, match="another process"):
-        unlinked = PartialFile.__new__(PartialFile)
-        unlinked.target, unlinked.path, unlinked._handle = target, partial_path(target), late
-        unlinked._lock()
+        _lock(late.fileno(), target)
     assert target.read_bytes() == WHOLE

@@ -12,7 +12,7 @@ import cna_vllm
 from cna_vllm import Circuit, Neuron
 from cna_vllm.cli import COMMANDS, main
 from cna_vllm.cli.engine_args import parse_engine_args
-from cna_vllm.cli.options import UsageError
+from cna_vllm.cli.usage import UsageError
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 from cna_vllm.cli import serve
 from cna_vllm.cli.engine_args import set_cpu_defaults
-from cna_vllm.cli.options import UsageError
+from cna_vllm.cli.usage import UsageError
 from cna_vllm.serving.seams.command_line import make_server_arg_parser
 
 LINES = 200

@@ -13,8 +13,7 @@ from matplotlib.image import imread
 
 from cna_vllm import Circuit, Neuron
 from cna_vllm.reading.compare import compare
-from cna_vllm.reading.glyphs import drawable
-from cna_vllm.reading.plot import MAX_NEURONS, plot_circuit, plot_comparison
+from cna_vllm.reading.plot import MAX_NEURONS, drawable, plot_circuit, plot_comparison
 from cna_vllm.reading.profile import strongest
 from cna_vllm.reading.vocabulary import Item, Reading
 
