@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -103,7 +104,7 @@ def _fork(engine: Any, job: Mapping[str, Any], kill: Mapping[str, Any] | None) -
             tqdm.set_lock(threading.RLock())
             if "seconds" not in (kill or {}):
                 engine_args.launch = lambda args: engine
-            _command(job["argv"])
+            _command(job["argv"], watched=(kill or {}).get("signal") == signal.SIGINT)
         if kill is not None:
             _wait_for(kill, Path(job["rows_of"]), child)
             os.kill(child, kill["signal"])
@@ -135,12 +136,18 @@ def _first_life(job: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return started[0], {"status": status, "out": out.getvalue(), "err": err.getvalue()}
 
 
-def _command(argv: Sequence[str]) -> None:
+def _command(argv: Sequence[str], watched: bool) -> None:
+    """watched: in a process of its own as by the command line, which alone makes of a signal an
+    orderly end wherever it comes: vLLM turns a KeyboardInterrupt into another error here and there.
+    """
     from cna_vllm.cli import main
 
     status = 70
+    sys.argv = ["cna-vllm", *argv]
     try:
-        status = main(list(argv))
+        status = main(None if watched else list(argv))
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
