@@ -48,7 +48,7 @@ compat: setup ## what another vLLM would break, without an engine: make compat V
 	@$(BIN)/python -m tests.compat $(VLLM)
 
 bench: setup ## run every benchmark; add RECORD=1 to append to benchmarks/results
-	@set -e; for name in act_and_mul_scaled fill accounting engine_throughput sweep discovery serving; do \
+	@set -e; for name in act_and_mul_scaled fill block_keys accounting engine_throughput sweep discovery serving; do \
 		echo "== $$name"; $(BIN)/python benchmarks/$$name.py $(if $(RECORD),--record); \
 	done
 

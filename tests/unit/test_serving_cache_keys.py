@@ -10,20 +10,11 @@ from hypothesis import strategies as st
 
 from cna_vllm import steer
 from cna_vllm.serving.config import CnaConfig
-from cna_vllm.serving.core.cache_keys import steering_key
 from cna_vllm.serving.front.admission import Admission
 from cna_vllm.serving.front.registry import Registry, ServedModel
 from cna_vllm.steering.circuit import Circuit, Neuron
 from cna_vllm.steering.request import SCOPES
-from cna_vllm.steering.resolved import Steering
-
-
-def block_key(extra_args: Any, prompt_len: int, end: int) -> tuple[str, str] | None:
-    resolved = (extra_args or {}).get("cna_resolved")
-    if resolved is None:
-        return None
-    return steering_key(Steering.from_field(resolved), prompt_len).of_block(end)
-
+from tests.keys import block_key
 
 NAMES = ("a", "b", "c")
 MULTIPLIERS = (0.0, 0.5, 1.0, 2.0)

@@ -11,18 +11,10 @@ import pytest
 
 from cna_vllm.serving.config import CnaConfig
 from cna_vllm.serving.core.admission import CoreAdmission
-from cna_vllm.serving.core.cache_keys import steering_key
 from cna_vllm.serving.seal import Seal, deployment_secret
 from cna_vllm.steering.request import SteeringError
 from cna_vllm.steering.resolved import Steering
-
-
-def block_key(extra_args: Any, prompt_len: int, end: int) -> tuple[str, str] | None:
-    resolved = (extra_args or {}).get("cna_resolved")
-    if resolved is None:
-        return None
-    return steering_key(Steering.from_field(resolved), prompt_len).of_block(end)
-
+from tests.keys import block_key
 
 A, B, V = "a" * 64, "b" * 64, "c" * 64
 CONFIG = CnaConfig(max_multiplier=0.1, max_circuits_per_request=2, max_vectors_per_request=1)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from cna_vllm import steer, steer_vector
 from cna_vllm.serving.config import CircuitTableError, CnaConfig, CnaConfigError
-from cna_vllm.serving.core.cache_keys import steering_key
 from cna_vllm.serving.front.adapter import Adapter
 from cna_vllm.serving.front.admission import Admission
 from cna_vllm.serving.front.registry import Registry, ServedModel
@@ -25,14 +24,7 @@ from cna_vllm.steering.circuit import Circuit, Neuron
 from cna_vllm.steering.request import SteeringError
 from cna_vllm.steering.resolved import Steering
 from cna_vllm.steering.vectors import VectorError, VectorSet
-
-
-def block_key(extra_args: Any, prompt_len: int, end: int) -> tuple[str, str] | None:
-    resolved = (extra_args or {}).get("cna_resolved")
-    if resolved is None:
-        return None
-    return steering_key(Steering.from_field(resolved), prompt_len).of_block(end)
-
+from tests.keys import block_key
 
 HIDDEN, WIDTH, LAYERS = 6, 13, 3
 

@@ -3,25 +3,26 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from cna_vllm.steering.resolved import Steering
 
 
 class BlockKey(NamedTuple):
-    """The extra key of a request's blocks that end after ``first_position``.
+    """The extra key of a request's blocks that end after ``first_position``, and of no other.
 
     A block that ends at or before the first steered position holds what every request would
     compute there, so it stays shared; any later block depends on the digests, multipliers, scope
     and first steered position.
     """
 
-    first_position: int
+    first_position: float
     key: tuple[str, str]
 
-    def of_block(self, end: int) -> tuple[str, str] | None:
-        """The key of the block that ends before position ``end``; None for a shared one."""
-        return self.key if end > self.first_position else None
+
+NO_KEY = BlockKey(math.inf, ("", ""))
+"""Of a plain request."""
 
 
 def steering_key(steering: Steering, prompt_len: int) -> BlockKey:

@@ -11,7 +11,7 @@ from typing import Any
 
 from cna_vllm.serving.config import CircuitTableError, CnaConfig
 from cna_vllm.serving.core.admission import CoreAdmission
-from cna_vllm.serving.core.cache_keys import BlockKey, steering_key
+from cna_vllm.serving.core.cache_keys import NO_KEY, BlockKey, steering_key
 from cna_vllm.serving.seams.api_server import validation_error
 from cna_vllm.serving.seams.gate import keep_steering, steering_of
 from cna_vllm.serving.seams.wrapping import Original, Wrap, adding, wrap
@@ -41,15 +41,17 @@ def install(wrap: Wrap = wrap) -> None:
 def _block_keys(
     original: Original, request: Any, start_token_idx: int, end_token_idx: int
 ) -> list[Any]:
-    keys = original(request, start_token_idx, end_token_idx)
-    if (steering := steering_of(request)) is None:
-        return keys
-    held = vars(request)
-    if "cna_key" not in held:
-        held["cna_key"] = steering_key(steering, request.num_prompt_tokens)
-    steered: BlockKey = held["cna_key"]
-    key = steered.of_block(end_token_idx)
-    return keys if key is None else [*keys, key]
+    keys: list[Any] = original(request, start_token_idx, end_token_idx)
+    # Once for each block of every prompt: all that does not depend on the block is kept.
+    first_position, key = vars(request).get("cna_key") or _keep_key(request)
+    return [*keys, key] if end_token_idx > first_position else keys
+
+
+def _keep_key(request: Any) -> BlockKey:
+    steering = steering_of(request)
+    key = NO_KEY if steering is None else steering_key(steering, request.num_prompt_tokens)
+    vars(request)["cna_key"] = key
+    return key
 
 
 class ResidentContent:
