@@ -116,6 +116,7 @@ def stand_in_driver() -> None:
 def _plain(output: Any) -> dict[str, Any]:
     result: dict[str, Any] = {
         "token_ids": [list(o.token_ids) for o in output.outputs],
+        "prompt": list(output.prompt_token_ids),
         "cached": output.num_cached_tokens,
     }
     if output.outputs[0].finish_reason == "error":
@@ -127,6 +128,15 @@ def _plain(output: Any) -> dict[str, Any]:
             for step in output.outputs[0].logprobs
         ]
     return result
+
+
+def _seen(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The image of a request that names the file of one."""
+    if not request.get("image"):
+        return {}
+    from PIL import Image
+
+    return {"multi_modal_data": {"image": Image.open(request["image"])}}
 
 
 class _Steps:
@@ -142,7 +152,7 @@ class _Steps:
     def generate(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         from vllm import SamplingParams, TokensPrompt
 
-        prompts = [TokensPrompt(prompt_token_ids=r["prompt"]) for r in requests]
+        prompts = [TokensPrompt(prompt_token_ids=r["prompt"], **_seen(r)) for r in requests]
         params = [SamplingParams(**{"temperature": 0.0, **r.get("params", {})}) for r in requests]
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         return [_plain(output) for output in outputs]
@@ -263,17 +273,23 @@ class _Steps:
 
     def record(self, groups: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
         """Per group of token-id prompts, the mean recorded activation [layers, width]."""
-        from cna_vllm.discovery.prefill import Dimensions, assemble, prefill
-        from cna_vllm.serving.seams.model import served_model
+        from cna_vllm.discovery.prefill import prefill
 
         requests = [(list(p), name) for name, prompts in groups.items() for p in prompts]
-        served = served_model(self.llm.llm_engine.model_config)
-        recorded = assemble(
-            prefill(self.llm, requests),
-            {name: len(prompts) for name, prompts in groups.items()},
-            Dimensions(served.num_layers, served.intermediate_size),
-        )
-        return {name: mean.tolist() for name, mean in recorded.items()}
+        counts = {name: len(prompts) for name, prompts in groups.items()}
+        return self._means(prefill(self.llm, requests), counts)
+
+    def _means(self, reports: Sequence[Any], counts: Mapping[str, int]) -> dict[str, Any]:
+        """Per group, of each layer the mean of each neuron."""
+        from cna_vllm.discovery import layout_of
+        from cna_vllm.discovery.shares import assemble
+
+        layout = layout_of(self.llm)
+        means = assemble(reports, counts, layout)
+        return {
+            name: [values.tolist() for values in layout.by_layer(found.mean)]
+            for name, found in means.items()
+        }
 
     def record_among(
         self,
@@ -281,8 +297,6 @@ class _Steps:
         others: Sequence[Mapping[str, Any]],
     ) -> dict[str, Any]:
         """``record`` with other requests between the recorded ones, all in one batch."""
-        from cna_vllm.discovery.prefill import Dimensions, assemble
-
         requests = [
             {"prompt": p, "params": {"max_tokens": 1, "extra_args": {"cna_record": name}}}
             for name, prompts in recorded.items()
@@ -294,12 +308,10 @@ class _Steps:
             mixed.insert(at[-1], request)
         self.llm.collective_rpc("cna_start_recording", args=({},))
         outputs = self.generate(mixed)
-        size = Dimensions.of(self.llm)
         counts = {name: len(prompts) for name, prompts in recorded.items()}
         reports = self.llm.collective_rpc("cna_take_recording")
-        means = assemble(reports, counts, size)
         return {
-            "means": {name: mean.tolist() for name, mean in means.items()},
+            "means": self._means(reports, counts),
             "others": [output for i, output in enumerate(outputs) if i not in at],
         }
 

@@ -4,24 +4,33 @@
 from __future__ import annotations
 
 import json
+import random
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cna_vllm.checkpoints.models import neurons_per_layer
-from cna_vllm.discovery import select_neurons
+from cna_vllm import Circuit, Neuron
+from cna_vllm.checkpoints.shapes import model_shape
 from cna_vllm.serving.config import CnaConfigError
 from cna_vllm.serving.worker.gated_mlp import UnsupportedModelError
-from tests import tiny_models
+from tests import models_half, tiny_models
 from tests.engine_job import _Steps
 from tests.integration.conftest import PLAIN, Subject
-from tests.models_table import ABSENT, DISCOVERED, EXACT, FAILED, REFUSED, Row
-from tests.models_zoo import AnyHookedModel, NotBuildable, build, one_line, width_of
+from tests.models_experts import AnyExpertModel
+from tests.models_table import ABSENT, DISCOVERED, EXACT, FAILED, HALF, REFUSED, Row
+from tests.models_zoo import (
+    NotBuildable,
+    architecture_of,
+    build,
+    has_towers,
+    one_line,
+)
 from tests.oracles import Arm
+from tests.torchvision_stand_in import install
 
 REFUSALS = (UnsupportedModelError, CnaConfigError)
 ARMS: Sequence[tuple[tuple[tuple[str, float], ...], str]] = (
@@ -38,10 +47,9 @@ PROMPTS = tiny_models.prompts(3, longest=40)
 def run(function: str, architecture: str, folder: str) -> None:
     """Writes a row, or what ``compare`` needs to make one, to ``result.json`` in ``folder``."""
     made: Row | dict[str, Any]
+    install()
     try:
-        made = {"serve": serve, "compare": compare, "plain": plain}[function](
-            architecture, Path(folder)
-        )
+        made = FUNCTIONS[function](architecture, Path(folder))
     except NotBuildable as error:
         made = Row(architecture, ABSENT, str(error))
     except Exception as error:
@@ -84,13 +92,7 @@ def serve(architecture: str, folder: Path) -> dict[str, Any]:
     requests, _ = subject.requests(PROMPTS, arms(subject), max_tokens=8, ignore_eos=True)
     steps = _engine(folder, {"cna": {"circuits": dict(subject.files), "record": True}})
     outputs, means = steps.generate(requests), steps.record(GROUPS)
-    (status,) = steps.status()
-    return {
-        "outputs": outputs,
-        "means": means,
-        "hooks": steps.hooks(),
-        "routed": status["routed_experts"],
-    }
+    return {"outputs": outputs, "means": means, "where": owners(steps)}
 
 
 def compare(architecture: str, folder: Path) -> Row:
@@ -101,9 +103,7 @@ def compare(architecture: str, folder: Path) -> Row:
     verdicts = subject.verdicts(wanted, outputs)
     bad = [arm for v, (_, arm) in zip(verdicts, wanted, strict=True) if not (v.equal or v.near_tie)]
     same = discovers_the_same(subject, served["means"])
-    where = ", ".join(dict.fromkeys(f"`{owner}` ({kind})" for owner, kind in served["hooks"]))
-    if served["routed"]:
-        where += "; its routed experts are neither steered nor recorded, which a warning says"
+    where = served["where"]
     if PLAIN in bad:
         why = "without steering, stock vLLM writes another text than transformers"
         return Row(architecture, DISCOVERED if same else ABSENT, f"{where}; {why}" if same else why)
@@ -116,22 +116,60 @@ def compare(architecture: str, folder: Path) -> Row:
     return Row(architecture, EXACT, where)
 
 
+def owners(steps: _Steps) -> str:
+    """The modules of vLLM that own neurons."""
+    (status,) = steps.status()
+    found = [f"`{owner}` ({kind})" for owner, kind in steps.hooks()]
+    if backends := sorted({*status["experts"].values()}):
+        found.append(f"routed experts ({', '.join(backends)})")
+    where = ", ".join(dict.fromkeys(found))
+    if status["routed_experts"]:
+        where += "; its routed experts are neither steered nor recorded, which a warning says"
+    return where
+
+
+def serve_half(architecture: str, folder: Path) -> dict[str, Any]:
+    """``serve`` of a model that vLLM runs in bfloat16 only: circuits in scope ``all``."""
+    config = {"cna": {"circuits": models_half.circuits(architecture, folder)}}
+    steps = _engine(folder, config, dtype="bfloat16")
+    plain = steps.generate(models_half.REQUESTS)
+    outputs = steps.generate(models_half.steered())
+    return {"plain": plain, "outputs": outputs, "where": owners(steps)}
+
+
+def compare_half(architecture: str, folder: Path) -> Row:
+    """What stock vLLM makes of scaled columns says about what ``serve_half`` wrote."""
+    served = json.loads((folder / "result.json").read_text())
+    models_half.save_scaled(folder)
+    outputs = _engine(folder, dtype="bfloat16").generate(models_half.REQUESTS)
+    if why := models_half.same(served, outputs):
+        return Row(architecture, FAILED, f"{served['where']}: {why}")
+    return Row(architecture, EXACT, f"{served['where']}; {HALF}")
+
+
 def make_subject(architecture: str, folder: Path) -> Subject:
     """The oracle of a saved checkpoint, and two circuits of a fifth of its neurons."""
-    oracle = AnyHookedModel(folder / "model")
-    downs = oracle.down_projections()
+    oracle = AnyExpertModel(folder / "model")
     text = oracle.model.config.get_text_config()
-    layers = text.num_hidden_layers
     # What the product reads from a configuration is what a circuit file must say.
-    width = neurons_per_layer(text) or max(map(width_of, downs.values()), default=tiny_models.WIDTH)
-    circuits, files = {}, {}
+    shape = model_shape(text, text.num_hidden_layers)
+    circuits: dict[str, Any] = {}
+    files = {}
     for seed, name in enumerate(("one", "two"), start=1):
-        channels = tiny_models.channels(layers, width, width // 5, seed)
-        circuits[name] = {i: held for i, held in channels.items() if i in downs or not downs}
-        file = folder / f"{name}.json"
-        made = tiny_models.circuit_object(circuits[name], layers, width, architecture)
-        file.write_text(json.dumps(made))
-        files[name] = str(file)
+        draw = random.Random(seed)
+        circuits[name] = {
+            mlp: tuple(draw.sample(range(width), max(1, width // 5)))
+            for mlp, width in oracle.widths().items()
+        }
+        if shape is None or not circuits[name]:
+            continue  # the engine is to refuse the model
+        neurons = [
+            Neuron(mlp, i, 1.0) if isinstance(mlp, int) else Neuron(mlp[0], i, 1.0, mlp[1])
+            for mlp, held in circuits[name].items()
+            for i in held
+        ]
+        files[name] = str(folder / f"{name}.json")
+        Circuit("test", architecture, **shape.fields(), neurons=neurons).save(files[name])
     return Subject(str(folder / "model"), oracle, circuits, files, {})
 
 
@@ -140,15 +178,19 @@ def arms(subject: Subject) -> list[Arm]:
     return [subject.arm(*pairs, scope=scope) if pairs else PLAIN for pairs, scope in ARMS]
 
 
-def _engine(folder: Path, additional: Mapping[str, Any] | None = None) -> _Steps:
+def _engine(
+    folder: Path, additional: Mapping[str, Any] | None = None, dtype: str = "float32"
+) -> _Steps:
+    """Of the text model alone, where there are towers beside it."""
     return _Steps(
         {
             "model": str(folder / "model"),
             "skip_tokenizer_init": True,
-            "dtype": "float32",
+            "dtype": dtype,
             "enforce_eager": True,
             "max_model_len": 128,
             "max_num_seqs": 32,
+            "language_model_only": has_towers(architecture_of(folder / "model")),
             "additional_config": dict(additional or {}),
         }
     )
@@ -156,14 +198,22 @@ def _engine(folder: Path, additional: Mapping[str, Any] | None = None) -> _Steps
 
 def discovers_the_same(subject: Subject, means: Mapping[str, Any]) -> bool:
     """Whether the 12 neurons of the largest difference are those of the hooks, near ties aside."""
-    want = [
-        np.mean([subject.oracle.down_proj_inputs(p).double().numpy() for p in GROUPS[g]], axis=0)
-        for g in ("a", "b")
-    ]
-    delta = np.abs(want[0] - want[1])
-    ours = np.array(means["a"]) - np.array(means["b"])
-    if ours.shape != delta.shape:
+    oracle: Any = subject.oracle
+    want, ours = (
+        (np.mean([oracle.neurons(prompt) for prompt in GROUPS[g]], axis=0) for g in ("a", "b")),
+        (np.concatenate(means[g]) for g in ("a", "b")),
+    )
+    delta, found = (np.abs(above - below) for above, below in (want, ours))
+    if found.shape != delta.shape:
         return False
-    chosen = [(neuron.layer, neuron.index) for neuron in select_neurons(ours, 12)]
-    weakest = np.sort(delta.ravel())[-12]
-    return all(delta[at] >= weakest * (1 - 1e-5) for at in chosen)
+    chosen = np.argsort(-found, kind="stable")[:12]
+    return bool((delta[chosen] >= np.sort(delta)[-12] * (1 - 1e-5)).all())
+
+
+FUNCTIONS: Mapping[str, Callable[[str, Path], Row | dict[str, Any]]] = {
+    "serve": serve,
+    "compare": compare,
+    "plain": plain,
+    "serve_half": serve_half,
+    "compare_half": compare_half,
+}

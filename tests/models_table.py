@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of models: what steering does for every text-generation architecture of vLLM.
+"""The table of models: what steering does for every architecture of vLLM that writes text.
 
 ``make models`` examines all of them and writes ``cna_vllm/serving/models.md``; each one in a
 process of its own, so that a crash is a row and not the end. ``ONLY="A B"`` examines some, and
@@ -28,14 +28,43 @@ TIMEOUT = 180
 EXACT, DISCOVERED = "exact", "discovered"
 REFUSED, ABSENT, FAILED = "refused", "not buildable here", "failed"
 
+HALF = "in bfloat16, which is all that stock vLLM runs there, against scaled columns"
+_ONLY_HALF = "requires BF16"
+
 MEANINGS: Mapping[str, str] = {
     EXACT: "arms mixed in one batch are token by token those of Hugging Face hooks that scale the "
-    "input of the down projection, float32, and discovery finds the same neurons",
+    "input of the down projection, float32, and discovery finds the same neurons; or what the row "
+    "says",
     DISCOVERED: "discovery finds the same neurons; arms cannot be compared, for the reason given",
     REFUSED: "the engine does not start with circuits, and says why",
     ABSENT: "transformers cannot build a tiny random checkpoint, or stock vLLM cannot run it on a "
     "CPU or writes another text than transformers",
 }
+
+
+ASKED_FOR: Mapping[str, str] = {
+    "Llama 3": "LlamaForCausalLM",
+    "Llama 4": "Llama4ForConditionalGeneration",
+    "Qwen 2.5": "Qwen2ForCausalLM",
+    "Qwen 3": "Qwen3ForCausalLM",
+    "Qwen 3 MoE": "Qwen3MoeForCausalLM",
+    "Qwen 3.5": "Qwen3_5ForConditionalGeneration",
+    "Qwen 3 VL": "Qwen3VLForConditionalGeneration",
+    "gpt-oss": "GptOssForCausalLM",
+    "DeepSeek V3": "DeepseekV3ForCausalLM",
+    "GLM 4.5": "Glm4MoeForCausalLM",
+    "Gemma 3": "Gemma3ForConditionalGeneration",
+    "Gemma 4": "Gemma4ForConditionalGeneration",
+    "Mistral 7B": "MistralForCausalLM",
+    "Mistral Small 3": "Mistral3ForConditionalGeneration",
+    "Mixtral": "MixtralForCausalLM",
+    "Phi 4": "Phi3ForCausalLM",
+    "Granite 4": "GraniteMoeHybridForCausalLM",
+    "Nemotron-H": "NemotronHForCausalLM",
+    "OLMo 3": "Olmo3ForCausalLM",
+    "InternVL 3": "InternVLForConditionalGeneration",
+}
+"""Twenty families that people ask for most, by the architecture of their checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +91,10 @@ def examine(architecture: str) -> Row:
         elif row.outcome == FAILED:
             plain = _fork("plain", architecture, folder)
             row = plain if plain is not None and plain.outcome == ABSENT else row
+            if _ONLY_HALF in row.detail:
+                row = _fork("serve_half", architecture, folder) or _fork(
+                    "compare_half", architecture, folder
+                )
         assert row is not None, "comparing makes a row"
         return row
 
@@ -69,7 +102,7 @@ def examine(architecture: str) -> Row:
 def _fork(function: str, architecture: str, folder: str) -> Row | None:
     """None where the result is not a row yet."""
     result = Path(folder) / "result.json"
-    if function == "plain":
+    if function in ("plain", "serve_half"):
         result.unlink(missing_ok=True)
     try:
         ended = forks(False).run(
@@ -108,9 +141,11 @@ def _page(rows: Sequence[Row]) -> Iterator[str]:
     yield "# Every model"
     yield ""
     yield (
-        f"Written by `make models`: the text-generation architectures of vLLM "
+        f"Written by `make models`: the architectures that write text of vLLM "
         f"{vllm.__version__.partition('+')[0]}, each as a tiny random checkpoint of "
-        f"transformers {version('transformers')} on a CPU. `make test` examines some again."
+        f"transformers {version('transformers')} on a CPU; of those with towers for images or "
+        f"sounds, the text model alone (six families [with images](limits.md)). `make test` "
+        f"examines some again."
     )
     yield ""
     for outcome, meaning in MEANINGS.items():

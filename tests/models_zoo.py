@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny random checkpoint of every text-generation architecture that transformers can build.
+"""A tiny random checkpoint of every architecture that transformers can build and that writes text.
 
 One rule for all: the sizes that a configuration has are made small. ``CHANGES`` holds what some
 families need beyond that, ``ALIASES`` the architectures that are another's under a second name.
@@ -8,17 +8,20 @@ families need beyond that, ``ALIASES`` the architectures that are another's unde
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from tests import models_towers
 from tests.oracles import HookedModel
 from tests.tiny_models import LAYERS, VOCABULARY, WIDTH
 
 HIDDEN = 64
+LARGEST = 50_000_000
+"""Weights of a checkpoint; parts whose sizes have names of their own stay as they are."""
 
 SMALL: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -82,8 +85,8 @@ SMALL: Mapping[str, Any] = {
     "time_step_rank": 8,
     "ssm_state_size": 16,
     "state_size": 16,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
     # Embeddings of each layer.
@@ -100,8 +103,35 @@ _MLA: Mapping[str, Any] = {
     "kv_lora_rank": 512,
     "qk_rope_head_dim": 64,
     "head_dim": 64,
+    # As in published models: without it, vLLM 0.32 and 0.33 rotate otherwise on a CPU.
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
 }
 _TIED: Mapping[str, Any] = {"tie_word_embeddings": True}
+
+
+def _mrope(*sections: int, **more: Any) -> Mapping[str, Any]:
+    """Positions of three axes; half of a head is shared among them."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections), **more}
+    return {"rope_parameters": rope}
+
+
+_HALF: Mapping[str, Any] = {"partial_rotary_factor": 0.5}
+_LFM2: Mapping[str, Any] = {
+    "layer_types": ["conv", "full_attention"] * (LAYERS // 2),
+    "block_dim": HIDDEN,
+    "block_ff_dim": WIDTH,
+    "block_auto_adjust_ff_dim": False,
+    "conv_dim": HIDDEN,
+}
 
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "AXK1ForCausalLM": _LATENT,
@@ -114,6 +144,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "BloomForCausalLM": _TIED,
     "CohereForCausalLM": _TIED,
     "Cohere2ForCausalLM": _TIED,
+    "Cohere2VisionForConditionalGeneration": _TIED,
     "Cohere2MoeForCausalLM": {"num_shared_experts": 1, **_TIED},
     "DbrxForCausalLM": {
         "d_model": HIDDEN,
@@ -124,7 +155,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": WIDTH, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "DeepseekV2ForCausalLM": _MLA,
-    "DeepseekV3ForCausalLM": {**_MLA, "topk_method": "noaux_tc"},
+    "DeepseekV3ForCausalLM": {**_MLA, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "DeepseekV32ForCausalLM": _LATENT,
     "FalconForCausalLM": {"head_dim": None, "ffn_hidden_size": 4 * HIDDEN, **_TIED},
     "Gemma2ForCausalLM": _TIED,
@@ -142,8 +173,20 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
         "num_experts": None,
         **_TIED,
     },
+    "Gemma3ForConditionalGeneration": _TIED,
+    "Gemma4ForConditionalGeneration": {
+        "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+        "head_dim": 32,
+        "global_head_dim": 32,
+        "num_experts": None,
+        "vision_config": {"model_type": "gemma4_vision", **models_towers.TOWER},
+        **_TIED,
+    },
     "Glm4MoeForCausalLM": {"head_dim": 32},
     "Glm4MoeLiteForCausalLM": {**_MLA, "first_k_dense_replace": 1},
+    "Glm4vForConditionalGeneration": _mrope(4, 6, 6),
+    "Glm4vMoeForConditionalGeneration": {"head_dim": 32, **_mrope(2, 3, 3, **_HALF)},
+    "GlmOcrForConditionalGeneration": _mrope(4, 6, 6),
     "GlmMoeDsaForCausalLM": _LATENT,
     "GPT2LMHeadModel": _TIED,
     "GPTBigCodeForCausalLM": _TIED,
@@ -153,15 +196,11 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "HYV3ForCausalLM": {"first_k_dense_replace": 1},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "KimiLinearForCausalLM": _LATENT,
-    "Lfm2ForCausalLM": {
-        "layer_types": ["conv", "full_attention"] * (LAYERS // 2),
-        "block_dim": HIDDEN,
-        "block_ff_dim": WIDTH,
-        "block_auto_adjust_ff_dim": False,
-        "conv_dim": HIDDEN,
-    },
+    "Lfm2ForCausalLM": _LFM2,
+    "Lfm2VlForConditionalGeneration": _LFM2,
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
     "Llama4ForCausalLM": {"num_experts_per_tok": 1},
+    "Llama4ForConditionalGeneration": {"num_experts_per_tok": 1},
     "LongcatFlashForCausalLM": {**_LATENT, "num_layers": LAYERS},
     "Mamba2ForCausalLM": {"num_heads": 4, "head_dim": 32, "n_groups": 1},
     "MiniCPM3ForCausalLM": _LATENT,
@@ -170,6 +209,16 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
         "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]
     },
     "OPTForCausalLM": _TIED,
+    "Cosmos3EdgeForConditionalGeneration": _mrope(6, 5, 5, mrope_interleaved=True),
+    "PaddleOCRVLForConditionalGeneration": _mrope(4, 6, 6),
+    "Qwen3_5ForCausalLM": {"head_dim": 256},  # so that a state has the size of few tokens' keys
+    "Qwen2VLForConditionalGeneration": _mrope(4, 6, 6),
+    "Qwen2_5_VLForConditionalGeneration": _mrope(4, 6, 6),
+    "Qwen3VLForConditionalGeneration": _mrope(6, 5, 5, mrope_interleaved=True),
+    "Qwen3VLMoeForConditionalGeneration": {
+        "norm_topk_prob": True,  # as in published configurations
+        **_mrope(6, 5, 5, mrope_interleaved=True),
+    },
     "Zamba2ForCausalLM": {"layers_block_type": ["mamba", "hybrid"] * (LAYERS // 2)},
 }
 
@@ -179,6 +228,9 @@ EMBEDDING_SCALES: Mapping[str, float] = {
     "GemmaForCausalLM": 0.1,
     "Gemma2ForCausalLM": 0.1,
     "Gemma3ForCausalLM": 0.1,
+    "Gemma3ForConditionalGeneration": 0.1,
+    "Gemma4ForConditionalGeneration": 0.1,
+    "PaliGemmaForConditionalGeneration": 0.1,
     "Gemma3nForCausalLM": 0.1,
     "Gemma4ForCausalLM": 0.1,
 }
@@ -201,8 +253,8 @@ class NotBuildable(Exception):
 
 
 def architectures() -> list[str]:
-    """Text-generation architectures of the installed vLLM, those of its Transformers backend
-    included."""
+    """Architectures of the installed vLLM that write text, those with towers and those of its
+    Transformers backend included."""
     from vllm.model_executor.models import registry
 
     backend = [
@@ -210,7 +262,13 @@ def architectures() -> list[str]:
         for name, (_, model) in registry._TRANSFORMERS_SUPPORTED_MODELS.items()
         if "MultiModal" not in model
     ]
-    return sorted({*registry._TEXT_GENERATION_MODELS, *backend})
+    return sorted({*registry._TEXT_GENERATION_MODELS, *registry._MULTIMODAL_MODELS, *backend})
+
+
+def has_towers(architecture: str) -> bool:
+    from vllm.model_executor.models import registry
+
+    return architecture in registry._MULTIMODAL_MODELS
 
 
 def build(architecture: str, folder: Path) -> Path:
@@ -218,23 +276,26 @@ def build(architecture: str, folder: Path) -> Path:
 
     Raises NotBuildable.
     """
-    from transformers import AutoModelForCausalLM
-
     source = ALIASES.get(architecture, architecture)
-    kind = _config_class(source)
-    if kind is None:
-        raise NotBuildable("transformers has no model of this name")
+    found = models_towers.find(source)
+    if found is None:
+        kind = " that takes text alone" if has_towers(architecture) else ""
+        raise NotBuildable(f"transformers has no model of this name{kind}")
+    configuration, auto = found
     try:
-        default = kind()
-        sizes = {k: v for k, v in SMALL.items() if _has(default, k)}
+        config = models_towers.sized(configuration, SMALL, CHANGES.get(source, {}))
+        with torch.device("meta"):
+            size = auto.from_config(config, dtype=torch.float32).num_parameters()
+        if size > LARGEST:
+            raise ValueError(f"the smallest that is made here has {size // 10**6} million weights")
         torch.manual_seed(0)
-        sizes |= CHANGES.get(source, {})
-        config = kind(**{k: v for k, v in sizes.items() if v is not None})
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto.from_config(config, dtype=torch.float32)
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms and biases, which start as all ones or all zeros
                 parameter.data += 0.2 * torch.randn(parameter.shape)
         model.get_input_embeddings().weight.data *= EMBEDDING_SCALES.get(source, 1.0)
+        if has_towers(architecture):
+            model(input_ids=torch.tensor([[5, 6]]))  # some take no text without an image
         model.save_pretrained(folder)
     except Exception as error:  # whatever transformers cannot do is the result
         raise NotBuildable(f"transformers: {one_line(error)}") from error
@@ -244,8 +305,10 @@ def build(architecture: str, folder: Path) -> Path:
     return folder
 
 
-def _has(config: Any, name: str) -> bool:
-    return name in config.to_dict() or name in config.attribute_map
+def architecture_of(folder: Path) -> str:
+    """Of what ``build`` saved."""
+    name: str = json.loads((folder / "config.json").read_text())["architectures"][0]
+    return name
 
 
 def one_line(error: BaseException) -> str:
@@ -254,35 +317,28 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:200]
 
 
-def _config_class(architecture: str) -> type | None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    kinds = [
-        kind
-        for kind, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
-        if architecture in (names if isinstance(names, tuple | list) else (names,))
-    ]
-    # The text model's own configuration, where there is one of a model with towers too.
-    return CONFIG_MAPPING[max(kinds, key=lambda kind: kind.endswith("_text"))] if kinds else None
-
-
 class AnyHookedModel(HookedModel):
     """``HookedModel`` of an architecture that is not known beforehand."""
 
     def __init__(self, path: str | Path) -> None:
-        super().__init__(path)
+        architecture = architecture_of(Path(path))
+        found = models_towers.find(ALIASES.get(architecture, architecture))
+        assert found is not None, "it was built"
+        super().__init__(path, found[1])
         self.model.config.use_cache = False  # some need to know of which kind their first layer is
 
-    def down_projections(self) -> dict[int, nn.Module]:
+    def layers(self) -> Sequence[nn.Module]:
         text = self.model.config.get_text_config()
         stacks = [
             module
             for module in self.model.modules()
             if isinstance(module, nn.ModuleList) and len(module) == text.num_hidden_layers
         ]
+        return list(stacks[0]) if stacks else []
+
+    def down_projections(self) -> dict[int, nn.Module]:
         found = {}
-        for index, layer in enumerate(stacks[0] if stacks else ()):
+        for index, layer in enumerate(self.layers()):
             downs = [m for name, m in layer.named_modules() if _is_down_projection(name)]
             if len(downs) == 1:
                 found[index] = downs[0]

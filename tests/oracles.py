@@ -53,14 +53,18 @@ class HookedModel:
     """A float32 Hugging Face model, steered by hooks: ``down_proj`` inputs are scaled, and vectors
     are added to the outputs of MLPs or of whole decoder layers."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(
+    def __init__(self, path: str | Path, auto: Any = AutoModelForCausalLM) -> None:
+        self.model = auto.from_pretrained(
             path, dtype=torch.float32, attn_implementation="eager"
         ).eval()
 
     def down_projections(self) -> dict[int, torch.nn.Module]:
         """Of each decoder layer that has one, the linear that its neurons are the input of."""
         return {i: _down_proj(layer) for i, layer in enumerate(self.model.model.layers)}
+
+    def inputs(self, prompt: Sequence[int], output: Sequence[int]) -> dict[str, Any]:
+        """What the model takes for a prompt and the tokens after it."""
+        return {"input_ids": torch.tensor([[*prompt, *output]])}
 
     @contextmanager
     def steered(self, arm: Arm, prompt_len: int) -> Iterator[None]:
@@ -88,9 +92,9 @@ class HookedModel:
         One pass over prompt and output together: by induction this is what greedy generation
         with the same hooks would have written.
         """
-        tokens = torch.tensor([[*prompt, *output]])
         with self.steered(arm, len(prompt)):
-            logits = self.model(tokens).logits[0, len(prompt) - 1 : -1].float()
+            logits = self.model(**self.inputs(prompt, output)).logits
+        logits = logits[0, len(prompt) - 1 : -1].float()
         choice = logits.argmax(-1)
         wrong = (choice != torch.tensor(list(output))).nonzero()
         if not len(wrong):
@@ -100,9 +104,14 @@ class HookedModel:
         gap = float(top[0] - top[1])
         return Verdict(False, gap < NEAR_TIE, at, gap)
 
-    @torch.inference_mode()
     def down_proj_inputs(self, prompt: Sequence[int]) -> torch.Tensor:
         """float32 [layers, intermediate_size] at the last token of ``prompt``."""
+        seen = self.dense_inputs(prompt)
+        return torch.stack([seen[i] for i in sorted(seen)])
+
+    @torch.inference_mode()
+    def dense_inputs(self, prompt: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Of each layer with a down projection, its float32 input at the last token."""
         seen: dict[int, torch.Tensor] = {}
         handles = []
         for index, down in self.down_projections().items():
@@ -116,7 +125,7 @@ class HookedModel:
         finally:
             for handle in handles:
                 handle.remove()
-        return torch.stack([seen[i] for i in sorted(seen)])
+        return seen
 
     @torch.inference_mode()
     def outputs(self, prompt: Sequence[int], form: str) -> torch.Tensor:

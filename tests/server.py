@@ -64,12 +64,18 @@ def environment(**more: str) -> dict[str, str]:
 
 @contextmanager
 def serve(
-    model: str, arguments: Sequence[str], log: Path, *, spawned: bool = False, **env: str
+    model: str,
+    arguments: Sequence[str],
+    log: Path,
+    *,
+    spawned: bool = False,
+    module: str = "cna_vllm",
+    **env: str,
 ) -> Iterator[Server]:
     """`cna-vllm serve` in a process group of its own; its output goes to ``log``.
 
     spawned: started by a shell's means, and so are its own processes; else all are forks of one
-    that has everything imported, which takes a fifth of the time.
+    that has everything imported, which takes a fifth of the time. module: what is run.
     """
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
@@ -77,7 +83,7 @@ def serve(
     argv = ["serve", model, "--host", "127.0.0.1", "--port", str(port)]
     argv += ["--api-key", KEY, "--dtype", "float32", *arguments]
     processes = Interpreters() if spawned else forks("TRITON_INTERPRET" in env)
-    process = processes.start_module("cna_vllm", argv, environment(**env), log)
+    process = processes.start_module(module, argv, environment(**env), log)
     server = Server(process, f"http://127.0.0.1:{port}")
     try:
         _wait_until_up(server, log)

@@ -70,6 +70,7 @@ EXTERNAL = {
     "cna_kernels": {"torch", "triton", "numpy"},
     "files": set(),
     "steering": set(),
+    "steering.layout": {"numpy"},
     "steering.vectors": {"numpy", "safetensors"},
     "text": set(),
     "root": set(),

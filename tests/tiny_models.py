@@ -108,7 +108,7 @@ def circuit_object(
 
 
 def mixtral(folder: Path) -> Path:
-    """A random mixture of experts; its routed experts cannot be steered."""
+    """A random mixture of experts, with no dense or shared MLP beside the routed ones."""
     config = MixtralConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,

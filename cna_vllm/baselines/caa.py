@@ -16,18 +16,21 @@ from numpy.typing import NDArray
 from cna_vllm.discovery.prefill import (
     NEGATIVE,
     POSITIVE,
-    Dimensions,
     DiscoveryError,
     TokenIds,
     as_prompts,
-    assemble,
     check_sets,
+    chosen_layers,
     encode,
+    layout_of,
     origin,
     prefill,
     templated,
 )
+from cna_vllm.discovery.shares import assemble
 from cna_vllm.serving.seams.offline import engine_of, gate_of_llm
+from cna_vllm.steering.layout import Layout
+from cna_vllm.steering.shape import Shape
 from cna_vllm.steering.vectors import FORMS, Form, VectorError, VectorSet, check_residual
 from cna_vllm.text.prompts import PromptLike
 
@@ -61,12 +64,12 @@ def discover_vectors(
     does not fit into the context, or the layers do not fit the form; VectorError when the model's
     architecture does not allow the form.
     """
-    size = _dimensions(llm, form)
+    layout = _layout(llm, form)
     if form == "residual" and (layers is None or len(set(layers)) != 1):
         raise DiscoveryError(
             "the form 'residual' is of one layer; name it: layers=[L], often one near the middle"
         )
-    chosen = size.layers(layers)
+    chosen = chosen_layers(layout, layers)
     if not chosen:
         raise DiscoveryError("no layer is left to find vectors of")
     positive, negative = as_prompts(positive, POSITIVE), as_prompts(negative, NEGATIVE)
@@ -75,7 +78,7 @@ def discover_vectors(
     difference = mean_difference(llm, above, below, form=form)
     return VectorSet(
         form=form,
-        num_layers=size.num_layers,
+        num_layers=layout.num_layers,
         hidden_size=difference.shape[1],
         vectors={layer: difference[layer] for layer in chosen},
         method={
@@ -103,24 +106,25 @@ def mean_difference(
     Raises DiscoveryError when a set is empty, both are the same, or the engine does not record
     outputs; VectorError as ``discover_vectors`` does.
     """
-    size = _dimensions(llm, form)
+    num_layers = _layout(llm, form).num_layers
     check_sets("CAA", positive, negative)
     requests = [(ids, POSITIVE) for ids in positive] + [(ids, NEGATIVE) for ids in negative]
     counts = {POSITIVE: len(positive), NEGATIVE: len(negative)}
     reports = prefill(llm, requests, {"what": form})
-    outputs = Dimensions(size.num_layers, engine_of(llm).hidden_size)
-    means = assemble(reports, counts, outputs)
-    difference: NDArray[np.float64] = means[POSITIVE] - means[NEGATIVE]
+    # What is recorded of a layer is one vector of the hidden size.
+    means = assemble(reports, counts, Layout(Shape.of(num_layers, engine_of(llm).hidden_size)))
+    difference: NDArray[np.float64] = means[POSITIVE].mean - means[NEGATIVE].mean
+    difference = difference.reshape(num_layers, -1)
     if not np.isfinite(difference).all():
         raise DiscoveryError("activations are not finite; try --dtype float32 or bfloat16")
     return difference
 
 
-def _dimensions(llm: LLM, form: Form) -> Dimensions:
+def _layout(llm: LLM, form: Form) -> Layout:
     """Of the model; or the reason why an engine does not record what ``form`` needs."""
     if form not in FORMS:
         raise VectorError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
-    size = Dimensions.of(llm)
+    layout = layout_of(llm)
     gate = gate_of_llm(llm)
     if gate is None or not gate.config.max_vectors:
         raise DiscoveryError(
@@ -129,4 +133,4 @@ def _dimensions(llm: LLM, form: Form) -> Dimensions:
         )
     if form == "residual":
         check_residual(engine_of(llm).architecture)
-    return size
+    return layout

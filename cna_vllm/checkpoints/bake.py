@@ -3,7 +3,7 @@
 
 Scaling column j of `down_proj` by m is scope `all` steering with multiplier m:
 
-    baked[:, j] = round(m * down_proj[:, j])    for every neuron j of the circuit in that layer
+    baked[:, j] = round(m * down_proj[:, j])    for every neuron j of the circuit in that MLP
 
 with the product in float32 (float64 for float64 weights) and `round` to the checkpoint's dtype;
 m = 0 writes exactly +0. Steering rounds m * activation instead, so that both agree to the last
@@ -18,10 +18,11 @@ writer would need a whole file in memory; this one needs two blocks of 32 MiB, w
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -38,6 +39,7 @@ from cna_vllm.checkpoints.checkpoint import (
     CheckpointError,
     open_checkpoint,
 )
+from cna_vllm.checkpoints.down_proj import DownProj
 from cna_vllm.checkpoints.models import DEFAULT_MODEL, resolve_model
 from cna_vllm.files import read_json, write_atomic
 from cna_vllm.steering.circuit import Circuit
@@ -92,18 +94,9 @@ def bake(model: str, circuit: Circuit, multiplier: float, out: str | os.PathLike
     if not target.absolute().parent.is_dir():
         raise BakeError(f"{out}: the folder {str(target.parent)!r} does not exist")
     checkpoint = open_checkpoint(resolve_model(model))
-    _, *shape = checkpoint.dimensions.values()
-    circuit.check_model(model, *shape)
-    layers = circuit.by_layer()
-    _, tensors = checkpoint.down_proj(layers)
-    for name in tensors.values():
-        with checkpoint.tensor(name) as tensor:
-            shape = tensor.get_shape()
-        if len(shape) != 2 or shape[1] != circuit.intermediate_size:
-            raise CheckpointError(
-                f"{checkpoint.model}: {name} has shape {shape}, not "
-                f"[hidden_size, {circuit.intermediate_size}]"
-            )
+    circuit.check_model(model, checkpoint.architecture, checkpoint.shape)
+    mlps = circuit.by_mlp()
+    _, places = checkpoint.down_proj(mlps)
     source = _whole_folder(checkpoint)
     belonging, left_out = _files(source, checkpoint)
     of_hub = model != DEFAULT_MODEL and not Path(model).is_dir()
@@ -119,7 +112,7 @@ def bake(model: str, circuit: Circuit, multiplier: float, out: str | os.PathLike
         },
         "multiplier": multiplier,
         "scope": "all",
-        "tensors": {name: checkpoint.files[name] for name in tensors.values()},
+        "tensors": {at.name: checkpoint.files[at.name] for at in places.values()},
         "left_out": left_out,
         "tools": {
             "cna_vllm": cna_vllm.__version__,
@@ -138,12 +131,10 @@ def bake(model: str, circuit: Circuit, multiplier: float, out: str | os.PathLike
             if Path(name).suffix not in WEIGHT_SUFFIXES or not _linked(source / name, work / name):
                 shutil.copyfile(source / name, work / name)
         for file in tqdm(rewritten, desc="baking", unit="file", disable=None):
-            columns = {
-                name: layers[layer]
-                for layer, name in tensors.items()
-                if checkpoint.files[name] == file
-            }
-            _rewrite(source / file, work / file, columns, record)
+            neurons = [
+                (at, mlps[mlp]) for mlp, at in places.items() if checkpoint.files[at.name] == file
+            ]
+            _rewrite(source / file, work / file, neurons, record)
         circuit.save(work / record["circuit"]["file"])
         write_atomic(work / RECORD, [json.dumps(record, indent=1, allow_nan=False), "\n"])
         work.chmod(0o755)  # mkdtemp's folders are private to the user
@@ -214,10 +205,10 @@ def _linked(path: Path, target: Path) -> bool:
 def _rewrite(
     path: Path,
     target: Path,
-    columns: Mapping[str, Sequence[int]],
+    neurons: Iterable[tuple[DownProj, Sequence[int]]],
     record: Mapping[str, Any],
 ) -> None:
-    """Copies a safetensors file with the `columns` of each named tensor scaled, and a part of the
+    """Copies a safetensors file with the neurons of each down projection scaled, and a part of the
     record in its metadata, which takes strings only."""
     import torch
     from safetensors import safe_open
@@ -235,16 +226,23 @@ def _rewrite(
         encoded += b" " * (-len(encoded) % 8)  # tensors stay aligned, as the format wants
         new.write(len(encoded).to_bytes(8, "little") + encoded)
         shutil.copyfileobj(old, new, _BLOCK)
-        for name, indices in columns.items():
-            tensor = tensors.get_slice(name)
-            height = tensor.get_shape()[0]
-            first, last = header[name]["data_offsets"]
-            row_bytes = (last - first) // height
+        for at, indices in neurons:
+            tensor, part = tensors.get_slice(at.name), at.part
+            *_, height, _ = sizes = tensor.get_shape()
+            first, last = header[at.name]["data_offsets"]
+            row_bytes = (last - first) // math.prod(sizes[:-1])
+            first += (part or 0) * height * row_bytes
             step = max(1, _BLOCK // row_bytes)
             for row in range(0, height, step):
-                scaled = _scaled(tensor[row : row + step], indices, record["multiplier"], name)
+                end = min(row + step, height)
+                rows = tensor[row:end] if part is None else tensor[part, row:end]
+                chosen = indices
+                if at.axis == 0:
+                    rows, chosen = rows.T, [i - row for i in indices if row <= i < end]
+                scaled = _scaled(rows, chosen, record["multiplier"], at.name)
                 new.seek(8 + len(encoded) + first + row * row_bytes)
-                new.write(scaled.view(torch.uint8).numpy().data)
+                straight = (scaled if at.axis else scaled.T).contiguous()
+                new.write(straight.view(torch.uint8).numpy().data)
         new.flush()
         os.fsync(new.fileno())
 

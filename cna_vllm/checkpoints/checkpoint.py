@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cna_vllm.checkpoints.models import model_dimensions
+from cna_vllm.checkpoints.down_proj import DownProj, Found, Mlp, find, neuron_axis
+from cna_vllm.checkpoints.models import read_shape
 from cna_vllm.files import FileError, read_json
+from cna_vllm.steering.shape import Shape
 
 if TYPE_CHECKING:
     import torch
@@ -28,10 +30,6 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".h5", ".msgpack", ".npz", ".onnx"} | _PICKLES
 
-# Of dense MLPs, and of the shared expert beside routed ones (Qwen2-MoE).
-_DOWN_PROJ = re.compile(
-    r"(?P<prefix>(?:.*\.)?)layers\.(?P<layer>\d+)\.mlp\.(?:shared_expert\.)?down_proj\.weight"
-)
 _MAX_INDEX_BYTES = 64 * 2**20
 
 
@@ -45,14 +43,15 @@ class Checkpoint:
 
     Attributes:
         model: the folder or hub id, as the user named it.
-        dimensions: what `Circuit.check_model` takes, in its order.
+        architecture, shape: what `Circuit.check_model` takes.
         config: the whole configuration, and of it the part that describes the text model.
         files: tensor name -> name of the safetensors file that holds it.
         fetch: name of a file of the checkpoint -> its path on this machine.
     """
 
     model: str
-    dimensions: Mapping[str, Any]
+    architecture: str
+    shape: Shape
     config: Any
     files: Mapping[str, str]
     fetch: Callable[[str], Path]
@@ -85,33 +84,47 @@ class Checkpoint:
             vector: torch.Tensor = tensor[:].float()
             return vector
 
-    def down_proj(self, layers: Iterable[int]) -> tuple[str, dict[int, str]]:
-        """Prefix of the decoder, and layer -> name of its `down_proj` weight, for `layers`.
+    def down_proj(self, mlps: Iterable[Mlp]) -> tuple[str, dict[Mlp, DownProj]]:
+        """Prefix of the decoder, and where the down projections of some MLPs are.
 
         Raises:
-            CheckpointError: a layer has none, or two decoders in the checkpoint have the name.
+            CheckpointError: an MLP has none of its size, or two decoders in the checkpoint have.
         """
-        found: dict[str, dict[int, str]] = {}
-        for name in self.files:
-            if match := _DOWN_PROJ.fullmatch(name):
-                found.setdefault(match["prefix"], {})[int(match["layer"])] = name
-        if len(found) > 1:
-            prefixes = ", ".join(repr(f"{prefix}layers") for prefix in sorted(found))
+        decoders = find(self.files)
+        if len(decoders) > 1:
+            prefixes = ", ".join(repr(f"{prefix}layers") for prefix in sorted(decoders))
             raise CheckpointError(
-                f"{self.model}: ambiguous, since {prefixes} all hold mlp.down_proj weights"
+                f"{self.model}: ambiguous, since {prefixes} all hold down projections"
             )
-        prefix, names = next(iter(found.items()), ("", {}))
-        wanted = sorted(set(layers))
-        if missing := [layer for layer in wanted if layer not in names]:
-            raise CheckpointError(f"{self.model}: {self._why_missing(missing[0])}")
-        return prefix, {layer: names[layer] for layer in wanted}
+        prefix, found = next(iter(decoders.items()), ("", {}))
+        places = {}
+        for layer, expert in mlps:
+            together = None if expert is None else found.get((layer, -1))
+            one = found.get((layer, expert)) or together
+            if one is None:
+                raise CheckpointError(f"{self.model}: {self._why_missing(layer, expert)}")
+            axis = self._axis(one, layer, expert)
+            places[layer, expert] = DownProj(one.name, expert if one.stacked else None, axis)
+        return prefix, places
 
-    def _why_missing(self, layer: int) -> str:
+    def _axis(self, found: Found, layer: int, expert: int | None) -> int:
+        config, width = self.text_config, self.shape.width(layer, expert)
+        with self.tensor(found.name) as tensor:
+            sizes: list[int] = tensor.get_shape()
+        axis = neuron_axis(sizes, config.hidden_size, width, config.model_type)
+        if axis is None or sizes[:-2] != [self.shape.experts[layer]] * found.stacked:
+            of = f"{self.shape.experts[layer]}, " if found.stacked else ""
+            raise CheckpointError(
+                f"{self.model}: {found.name} has shape {sizes}, not [{of}{config.hidden_size}, "
+                f"{width}] as is known of {config.model_type}"
+            )
+        return axis
+
+    def _why_missing(self, layer: int, expert: int | None) -> str:
         own = [name for name in self.files if re.search(rf"(^|\.)layers\.{layer}\.", name)]
-        text = f"there is no tensor layers.{layer}.mlp.down_proj.weight"
-        if any(".experts." in name for name in own):
-            return f"{text}; that layer is a mixture of experts, whose neurons cannot be named"
-        if packed := [name for name in own if ".mlp.down_proj." in name]:
+        of = "mlp" if expert is None else f"mlp.experts.{expert}"
+        text = f"there is no tensor layers.{layer}.{of}.down_proj.weight, nor one of a like name"
+        if packed := [name for name in own if ".down_proj." in name]:
             return f"{text}, only {packed[0]}; name the unquantized checkpoint"
         return text
 
@@ -125,7 +138,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     """
     fetch, files = _fetcher(model)
     names = _weight_files(model, fetch, files)
-    dimensions = model_dimensions(model)
+    architecture, shape = read_shape(model)
 
     from transformers import AutoConfig
 
@@ -138,7 +151,7 @@ def open_checkpoint(model: str) -> Checkpoint:
                 f"{model}: its weights are quantized ({method}), so that a neuron is no plain "
                 "column; name the unquantized checkpoint"
             )
-    return Checkpoint(model, dimensions, config, names, fetch)
+    return Checkpoint(model, architecture, shape, config, names, fetch)
 
 
 def _fetcher(model: str) -> tuple[Callable[[str], Path], list[str] | None]:

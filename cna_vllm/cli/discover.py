@@ -123,6 +123,8 @@ def _vectors(
 def _report(circuit: Circuit) -> list[str]:
     """Lines on what the method found besides the neurons."""
     lines = []
+    if circuit.is_routed:
+        lines.append(f"late    {_late(circuit)}")
     if found := circuit.method["universal"]:
         lines.append(
             f"filter  {found['found']} universal neurons, {found['kept_out']} of which would have "
@@ -141,6 +143,23 @@ def _report(circuit: Circuit) -> list[str]:
             f"resamples; {often} of {len(circuit)} neurons in at least half of them"
         )
     return lines
+
+
+def _late(circuit: Circuit) -> str:
+    """How much of a circuit of routed experts is in the last layers, and in which expert most."""
+    from cna_vllm.reading.profile import expert_counts
+
+    late = circuit.method["routed"]["late"]
+    parts = [
+        f"{late[name]:.0%} of its {noun}"
+        for name, noun in (("routed", "routed neurons"), ("others", "other neurons"))
+        if late[name] is not None
+    ]
+    layer, expert, most = expert_counts(circuit)[0]
+    return (
+        f"{' and '.join(parts)} from layer {late['first_layer']} on; most in layer {layer}, expert "
+        f"{expert}: {most / len(circuit):.0%} of the circuit"
+    )
 
 
 def _parser() -> OptionParser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,9 @@ def describe(llm: LLM) -> dict[str, Any]:
 
     workers = status(llm)
     first, engine = workers[0], engine_of(llm)
-    hooked = sorted({layer for worker in workers for layer in worker["layers"]})
+    routed = {int(at): name for worker in workers for at, name in worker["experts"].items()}
+    hooked = {layer for worker in workers for layer in worker["layers"]} | routed.keys()
+    backends = Counter(routed.values())
     return {
         "model": engine.model,
         "dtype": engine.dtype,
@@ -98,6 +101,7 @@ def describe(llm: LLM) -> dict[str, Any]:
         "kernel": first["kernel"],
         "quantization": first["quantization"],
         "hooked_layers": f"{len(hooked)} of {engine.num_layers}",
+        "experts": [f"{name} in {count} layers" for name, count in backends.items()],
         "routed_experts": first["routed_experts"],
         "table_bytes": first["table_bytes"],
         "circuits": len(first["circuits"]),

@@ -24,9 +24,11 @@ def run(argv: list[str]) -> int:
     check_plot(options.plot, options.overwrite)
     circuit = _load(options.circuit, options.model)
     others = {path: _load(path, options.model) for path in options.beside}
+
+    from cna_vllm.reading.compare import common_shape
+
     for other in others.values():
-        dimensions = (circuit.architecture, circuit.num_layers, circuit.intermediate_size)
-        other.check_model(circuit.model, *dimensions)
+        common_shape(circuit, other)
     shared = {path: shared_neurons([circuit, other]) for path, other in others.items()}
 
     from cna_vllm.reading import report

@@ -4,7 +4,7 @@
 from cna_vllm.discovery.activations import record_activations
 from cna_vllm.discovery.contrast import select_neurons
 from cna_vllm.discovery.discover import discover
-from cna_vllm.discovery.prefill import DiscoveryError
+from cna_vllm.discovery.prefill import DiscoveryError, layout_of
 from cna_vllm.discovery.stability import (
     Separation,
     mean_signed_activation,
@@ -19,6 +19,7 @@ __all__ = [
     "UniversalRule",
     "discover",
     "diverse_prompts",
+    "layout_of",
     "mean_signed_activation",
     "random_control",
     "record_activations",

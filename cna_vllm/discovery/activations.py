@@ -4,20 +4,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cna_vllm.discovery.prefill import (
-    Dimensions,
     DiscoveryError,
     TokenIds,
-    columns,
+    chosen_layers,
     encode,
+    layout_of,
     prefill,
-    require_all,
 )
+from cna_vllm.discovery.shares import require_all, require_routed
+from cna_vllm.steering.layout import Layout, Places
 from cna_vllm.text.prompts import PromptLike
 
 if TYPE_CHECKING:
@@ -39,32 +42,60 @@ def record_activations(
     system: str | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> Activations:
-    """The ``down_proj`` input at the last token of every prompt.
+    """The down projections' inputs at the last token of every prompt.
 
-    Returns layer -> float32 [len(prompts), intermediate_size], rows in the order of ``prompts``.
+    Returns layer -> float32 [len(prompts), neurons], rows in the order of ``prompts``. The neurons
+    of a layer are those of its dense or shared MLP, then those of its routed experts, expert by
+    expert; they are 0 where the token was not routed to their expert. A layer may have none.
 
     llm: an engine with ``additional_config={"cna": {"record": True}}``; other requests of the
     same engine are not touched. prompts: strings, lists of chat messages, lists of token ids, or
     ``Prompt``s. layers: which ones (default: all). raw, system: see ``encode``.
-    max_bytes: limit of the result, 4 * len(prompts) * len(layers) * intermediate_size bytes;
-    workers hold at most 256 MiB of it at a time, or one prompt's rows where those are larger.
+    max_bytes: limit of the result, 4 * len(prompts) * neurons bytes; workers hold at most 256 MiB
+    of it at a time, or one prompt's rows where those are larger.
 
     Raises DiscoveryError, before anything runs, when the result would be larger than
     ``max_bytes``, a prompt does not fit into the context, or a layer does not exist.
     """
-    wanted = Dimensions.of(llm).layers(layers)
+    layout = layout_of(llm)
+    wanted = chosen_layers(layout, layers)
     ids = encode(llm, prompts, raw=raw, system=system)
-    return dict(zip(wanted, record_token_rows(llm, ids, wanted, max_bytes=max_bytes), strict=True))
+    rows = record_token_rows(llm, ids, wanted, max_bytes=max_bytes)
+    return dict(zip(wanted, rows.by_layer(), strict=True))
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Activations of some layers, one row a prompt.
+
+    Attributes:
+        widths: of each layer.
+        values: float32 [prompts, neurons of all these layers].
+        reached: bool [prompts, MLPs of the model]: whether the token was routed there.
+    """
+
+    widths: tuple[int, ...]
+    values: NDArray[np.float32]
+    reached: NDArray[np.bool_]
+
+    def by_layer(self) -> list[NDArray[np.float32]]:
+        """A view [prompts, neurons] for each layer."""
+        ends = zip(self.widths, accumulate(self.widths), strict=True)
+        return [self.values[:, end - width : end] for width, end in ends]
 
 
 def record_token_rows(
     llm: LLM, prompts: Sequence[TokenIds], layers: Sequence[int], *, max_bytes: int
-) -> NDArray[np.float32]:
-    """``record_activations`` of token ids: [len(layers), len(prompts), intermediate_size]."""
-    size = Dimensions.of(llm)
-    per_prompt = 4 * len(layers) * size.intermediate_size
+) -> TokenRows:
+    """``record_activations`` of token ids. layers: in ascending order."""
+    layout = layout_of(llm)
+    per_prompt = 4 * layout.width(layers)
     check_bytes(len(prompts) * per_prompt, max_bytes)
-    rows = np.zeros((len(layers), len(prompts), size.intermediate_size), np.float32)
+    rows = TokenRows(
+        tuple(layout.width([layer]) for layer in layers),
+        np.zeros((len(prompts), layout.width(layers)), np.float32),
+        np.zeros((len(prompts), layout.mlps), bool),
+    )
     step = max(1, ROUND_BYTES // max(1, per_prompt))
     for first in range(0, len(prompts), step):
         chosen = range(first, min(first + step, len(prompts)))
@@ -74,7 +105,7 @@ def record_token_rows(
             [(prompts[i], str(i)) for i in chosen],
             {"row_layers": list(layers), "row_prompts": len(chosen)},
         )
-        place_rows(reports, chosen, layers, size, rows)
+        place_rows(reports, chosen, layers, layout, rows)
     return rows
 
 
@@ -91,22 +122,28 @@ def place_rows(
     reports: Sequence[Mapping[str, Any]],
     expected: range,
     layers: Sequence[int],
-    size: Dimensions,
-    rows: NDArray[np.float32],
+    layout: Layout,
+    rows: TokenRows,
 ) -> None:
     """Writes all ranks' shares of the prompts ``expected`` into ``rows``.
 
-    rows: [len(layers), prompts, intermediate_size]. Raises RuntimeError when a share is missing.
+    Raises RuntimeError when a share is missing.
     """
+    column = np.full(layout.size, -1, dtype=np.int64)  # of each neuron of these layers
+    column[layout.numbers(layers)] = range(sum(rows.widths))
+    places = []
     for report in reports:
         share = report["rows"]
-        at = [int(name) for name in share["names"]]
+        at = np.array(share["names"], dtype=np.int64)
         if sorted(at) != list(expected):
             raise RuntimeError(
                 f"{len(at)} of {len(expected)} prompts were recorded; the recording is not usable"
             )
-        shape = (len(at), len(share["layers"]), report["width"])
-        values = np.frombuffer(share["rows"], dtype=np.float32).reshape(shape)
-        for position, layer in enumerate(share["layers"]):
-            rows[layers.index(layer), at, columns(report)] = values[:, position]
-    require_all(reports, size, layers, "these prompts")
+        place = Places.of(report["parts"], layout, share["layers"])
+        values = np.frombuffer(share["rows"], dtype=np.float32).reshape(len(at), -1)
+        rows.values[np.ix_(at, column[place.neurons])] = values
+        reached = np.frombuffer(share["reached"], dtype=np.uint8).reshape(len(at), -1)
+        rows.reached[np.ix_(at, Places.of(report["parts"], layout).mlps)] = reached > 0
+        places.append(place)
+    require_all(places, layout, layers, "these prompts")
+    require_routed(rows.reached[expected].sum(0), len(expected), layout, layers, "these prompts")

@@ -17,18 +17,19 @@ from cna_vllm.discovery.options import Method, Preset, Universal
 from cna_vllm.discovery.prefill import (
     NEGATIVE,
     POSITIVE,
-    Dimensions,
     DiscoveryError,
     TokenIds,
     as_prompts,
+    layout_of,
     origin,
     templated,
 )
-from cna_vllm.discovery.sets import PromptSets, encode_sets, record_sets
+from cna_vllm.discovery.sets import PromptSets, Recorded, encode_sets, record_sets
 from cna_vllm.discovery.stability import bootstrap as bootstrapped
 from cna_vllm.discovery.stability import mean_signed_activation, separation
 from cna_vllm.discovery.universal import UniversalRule
 from cna_vllm.steering.circuit import Circuit, Neuron
+from cna_vllm.steering.layout import Layout
 from cna_vllm.text.prompts import PromptLike, prompts_digest
 
 if TYPE_CHECKING:
@@ -58,9 +59,13 @@ def discover(
 ) -> Circuit:
     """Finds the neurons whose mean activation differs most between two sets of prompts.
 
-    delta = mean over ``positive`` - mean over ``negative`` of the ``down_proj`` input at the last
-    prompt token; the circuit is the ``top_k`` (or ``fraction`` of all) neurons of largest
+    delta = mean over ``positive`` - mean over ``negative`` of the down projection's input at the
+    last prompt token; the circuit is the ``top_k`` (or ``fraction`` of all) neurons of largest
     |delta| that are not universal. A prompt that is written twice counts twice.
+
+    All neurons are those of every dense and shared MLP and of every routed expert. A routed
+    neuron's activation is 0 at a token that was not routed to its expert, and means are over all
+    prompts; what they are over the routed ones, and how many these are, ``method["routed"]`` says.
 
     positive, negative: strings, lists of chat messages, lists of token ids, or ``Prompt``s.
     llm: an engine with ``additional_config={"cna": {"record": True}}``.
@@ -74,7 +79,7 @@ def discover(
         scored afterwards (AUROC in ``method["holdout"]``).
     bootstrap: how many times to repeat the selection on resampled prompts
         (``method["bootstrap"]``); keeps every prompt's activations, at most ``max_bytes`` bytes
-        (4 * prompts * layers * intermediate_size).
+        (4 * prompts * neurons of the layers).
     seed: of the split and of the resampling.
 
     Raises DiscoveryError when a set is empty, both are the same, a prompt does not fit into the
@@ -82,7 +87,7 @@ def discover(
     """
     positive, negative = as_prompts(positive, POSITIVE), as_prompts(negative, NEGATIVE)
     method = Method(
-        Dimensions.of(llm),
+        layout_of(llm),
         preset=preset,
         fraction=fraction,
         top_k=top_k,
@@ -98,9 +103,12 @@ def discover(
     )
     sets = encode_sets(llm, positive, negative, method)
     recorded = record_sets(llm, sets, method, max_bytes)
-    select_any = partial(select_neurons, k=method.k, sign=method.sign, layers=method.layers)
+    layout, delta = method.layout, recorded.delta
+    select_any = partial(
+        select_neurons, k=method.k, sign=method.sign, layers=method.layers, layout=layout
+    )
     select = partial(select_any, excluded=recorded.universal)
-    neurons = select(recorded.delta)
+    neurons = select(delta)
     if not neurons:
         raise DiscoveryError(
             "no neuron differs between the two prompt sets; they must differ in the behaviour"
@@ -111,12 +119,12 @@ def discover(
     if len(neurons) < method.k:
         found["selected"] = len(neurons)  # the others of k would differ by nothing
     if recorded.universal is not None:
-        found["universal"] = _describe_filter(
-            method, recorded.universal, select_any(recorded.delta)
-        )
+        found["universal"] = _describe_filter(method, recorded.universal, select_any(delta))
+    if layout.shape.is_routed:
+        found["routed"] = _describe_routed(layout, recorded, neurons)
     if recorded.rows is not None:
         jaccard, frequency = bootstrapped(
-            recorded.rows, method.size, neurons, select, method.bootstrap, method.seed
+            recorded.rows, layout, neurons, select, method.bootstrap, method.seed
         )
         found["bootstrap"] = {
             "resamples": method.bootstrap,
@@ -125,9 +133,8 @@ def discover(
             "frequency": list(frequency.values()),
         }
     circuit = Circuit(
-        num_layers=method.size.num_layers,
-        intermediate_size=method.size.intermediate_size,
         neurons=tuple(neurons),
+        **layout.shape.fields(),
         method=found,
         **origin(llm, sets.learned, len(sets.positive)),
     )
@@ -146,7 +153,41 @@ def _describe_filter(
         "fraction": method.rule.fraction,
         "threshold": method.rule.threshold,
         "found": int(excluded.sum()),
-        "kept_out": sum(bool(excluded[n.layer, n.index]) for n in unfiltered),
+        "kept_out": sum(bool(excluded[method.layout.number(n)]) for n in unfiltered),
+    }
+
+
+def _describe_routed(
+    layout: Layout, recorded: Recorded, neurons: Sequence[Neuron]
+) -> dict[str, Any]:
+    """Of each neuron in the circuit's order: how many prompts of a set were routed to its expert,
+    and the difference of the means over only those; None where there is none, or no expert. late:
+    what share of the routed neurons, and of the others, is in the last quarter of the layers."""
+    ordered = sorted(neurons, key=lambda neuron: neuron.place)
+    numbers = np.array([layout.number(neuron) for neuron in ordered])
+    sets = recorded.positive, recorded.negative
+    above, below = (mean.over_routed(layout, numbers) for mean in sets)
+    positive, negative = (mean.routed[layout.mlp_of(numbers)].tolist() for mean in sets)
+
+    def routed(values: Sequence[Any]) -> list[Any]:
+        pairs = zip(ordered, values, strict=True)
+        return [None if n.expert is None or value != value else value for n, value in pairs]
+
+    first_late = layout.num_layers - -(-layout.num_layers // 4)
+
+    def late(chosen: list[Neuron]) -> float | None:
+        return sum(n.layer >= first_late for n in chosen) / len(chosen) if chosen else None
+
+    return {
+        "absent": 0,
+        "late": {
+            "first_layer": first_late,
+            "routed": late([n for n in ordered if n.expert is not None]),
+            "others": late([n for n in ordered if n.expert is None]),
+        },
+        "positive": routed(positive),
+        "negative": routed(negative),
+        "delta": routed((above - below).tolist()),
     }
 
 
@@ -168,12 +209,13 @@ def _describe_held_out(
 
 def _scores(llm: LLM, circuit: Circuit, prompts: list[TokenIds]) -> NDArray[np.float64]:
     """Each prompt's mean signed activation; rows of a few prompts are held at a time."""
-    layers = sorted(circuit.by_layer())
-    per_prompt = 4 * len(layers) * circuit.intermediate_size
+    layers = sorted({neuron.layer for neuron in circuit.neurons})
+    per_prompt = 4 * layout_of(llm).width(layers)
     step = max(1, ROUND_BYTES // per_prompt)
     scores = []
     for first in range(0, len(prompts), step):
         chosen = prompts[first : first + step]
         rows = record_token_rows(llm, chosen, layers, max_bytes=len(chosen) * per_prompt)
-        scores.append(mean_signed_activation(circuit, dict(zip(layers, rows, strict=True))))
+        by_layer = dict(zip(layers, rows.by_layer(), strict=True))
+        scores.append(mean_signed_activation(circuit, by_layer))
     return np.concatenate(scores)

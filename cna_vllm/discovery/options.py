@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cna_vllm.discovery.contrast import SIGNS, Sign, circuit_size
-from cna_vllm.discovery.prefill import Dimensions, DiscoveryError, as_prompts
+from cna_vllm.discovery.prefill import DiscoveryError, as_prompts, chosen_layers
 from cna_vllm.discovery.universal import UniversalRule, diverse_prompts
+from cna_vllm.steering.layout import Layout
 from cna_vllm.text.prompts import Prompt, PromptLike
 
 Preset = Literal["paper", "reference"]
@@ -48,7 +49,7 @@ class Method:
         DiscoveryError: a parameter is out of range.
     """
 
-    size: Dimensions
+    layout: Layout
     preset: Preset
     fraction: float | None
     top_k: int | None
@@ -93,14 +94,14 @@ class Method:
         if not 0 <= self.holdout < 1:
             raise DiscoveryError(f"holdout must be at least 0 and below 1, got {self.holdout}")
         if layers is None and base.skipped_layers:
-            layers = range(base.skipped_layers, self.size.num_layers)
+            layers = range(base.skipped_layers, self.layout.num_layers)
         if layers is not None:
-            layers = tuple(self.size.layers(layers))
+            layers = tuple(chosen_layers(self.layout, layers))
             if not layers:
                 raise DiscoveryError("no layer is left to select from")
         if top_k is None:
             assert fraction is not None
-            top_k = circuit_size(self.size.num_layers, self.size.intermediate_size, fraction)
+            top_k = circuit_size(self.layout.size, fraction)
         universal = base.universal if self.universal is None else self.universal
         prompts, source = _universal(universal)
         for name, value in (

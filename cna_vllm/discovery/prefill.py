@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts to the engine's recorder, and the shares of all ranks back; what is known of both."""
+"""Prompts to the engine's recorder, and what is known of both."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 import cna_vllm
 from cna_vllm.serving.seams.offline import engine_of, gate_of_llm
+from cna_vllm.steering.layout import Layout
 from cna_vllm.steering.request import FIELD_RECORD
 from cna_vllm.text.prompts import (
     Prompt,
@@ -38,31 +35,26 @@ class DiscoveryError(ValueError):
     """The prompts or options cannot give a circuit; one line with the reason and the fix."""
 
 
-@dataclass(frozen=True)
-class Dimensions:
-    """Decoder layers of the model, and the width of the ``down_proj`` input of each."""
+def layout_of(llm: LLM) -> Layout:
+    """Of the neurons that an engine records: those that its circuits reach.
 
-    num_layers: int
-    intermediate_size: int
+    Raises DiscoveryError when it does not record.
+    """
+    gate = gate_of_llm(llm)
+    if gate is None or not gate.config.record:
+        raise DiscoveryError(
+            "this engine does not record; start it with additional_config={'cna': {'record': True}}"
+        )
+    shape = gate.registry.served.shape
+    return Layout(shape if gate.config.max_expert_neurons else shape.dense())
 
-    @classmethod
-    def of(cls, llm: LLM) -> Dimensions:
-        """Of the model that an engine serves. Raises DiscoveryError when it does not record."""
-        gate = gate_of_llm(llm)
-        if gate is None or not gate.config.record:
-            raise DiscoveryError(
-                "this engine does not record; start it with "
-                "additional_config={'cna': {'record': True}}"
-            )
-        served = gate.registry.served
-        return cls(served.num_layers, served.intermediate_size)
 
-    def layers(self, chosen: Collection[int] | None) -> list[int]:
-        """The chosen layers in order, None for all. Raises DiscoveryError: there is no such one."""
-        layers = sorted(set(range(self.num_layers) if chosen is None else chosen))
-        if outside := [layer for layer in layers if not 0 <= layer < self.num_layers]:
-            raise DiscoveryError(f"layers {outside} are not in 0..{self.num_layers - 1}")
-        return layers
+def chosen_layers(layout: Layout, chosen: Collection[int] | None) -> list[int]:
+    """The chosen layers in order, None for all. Raises DiscoveryError: there is no such one."""
+    layers = sorted(set(range(layout.num_layers) if chosen is None else chosen))
+    if outside := [layer for layer in layers if not 0 <= layer < layout.num_layers]:
+        raise DiscoveryError(f"layers {outside} are not in 0..{layout.num_layers - 1}")
+    return layers
 
 
 def as_prompts(prompts: Sequence[PromptLike], what: str = "") -> list[Prompt]:
@@ -208,48 +200,3 @@ def prefill(
     )
     reports: list[dict[str, Any]] = llm.collective_rpc("cna_take_recording")
     return reports
-
-
-def assemble(
-    reports: Sequence[Mapping[str, Any]], expected: Mapping[str, int], size: Dimensions
-) -> dict[str, NDArray[np.float64]]:
-    """Group -> mean over its ``expected`` prompts, float64 of that size, of all ranks.
-
-    Raises RuntimeError when a share is missing or miscounted.
-    """
-    means: dict[str, NDArray[np.float64]] = {}
-    for group, count in expected.items():
-        mean = np.zeros((size.num_layers, size.intermediate_size))
-        for report in reports:
-            found = report["groups"].get(group, {"count": 0})
-            if found["count"] != count:
-                raise RuntimeError(
-                    f"{found['count']} of {count} prompts of group {group!r} were recorded; the "
-                    "recording is not usable"
-                )
-            shape = (len(report["layers"]), report["width"])
-            total = np.frombuffer(found["sum"], dtype=np.float64).reshape(shape)
-            mean[report["layers"], columns(report)] = total / count
-        require_all(reports, size, range(size.num_layers), f"group {group!r}")
-        means[group] = mean
-    return means
-
-
-def columns(report: Mapping[str, Any]) -> slice:
-    """Which neurons of a layer a rank has."""
-    return slice(report["offset"], report["offset"] + report["width"])
-
-
-def require_all(
-    reports: Sequence[Mapping[str, Any]], size: Dimensions, layers: Sequence[int], what: str
-) -> None:
-    """Raises RuntimeError unless the ranks' shares cover every neuron of ``layers``."""
-    covered = np.zeros((size.num_layers, size.intermediate_size), dtype=bool)
-    for report in reports:
-        covered[report["layers"], columns(report)] = True
-    wanted = covered[list(layers)]
-    if not wanted.all():
-        raise RuntimeError(
-            f"only {wanted.sum()} of {wanted.size} neurons were recorded for {what}; a worker's "
-            "share is missing"
-        )

@@ -16,15 +16,16 @@ from cna_vllm.discovery.options import Method
 from cna_vllm.discovery.prefill import (
     NEGATIVE,
     POSITIVE,
-    Dimensions,
     DiscoveryError,
     TokenIds,
-    assemble,
     check_sets,
+    chosen_layers,
     encode,
     prefill,
 )
+from cna_vllm.discovery.shares import Mean, assemble
 from cna_vllm.discovery.universal import GROUP, ROUND_PROMPTS, membership
+from cna_vllm.steering.layout import Layout
 from cna_vllm.text.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class PromptSets:
 
 @dataclass(frozen=True)
 class SetRows:
-    """Activations of both sets, float32 [layers, prompts, intermediate_size], of chosen layers."""
+    """Activations of both sets, float32 [prompts, neurons of chosen layers]."""
 
     layers: list[int]
     positive: NDArray[np.float32]
@@ -58,15 +59,21 @@ class SetRows:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What selection needs, over all layers of the model.
+    """What selection needs, over all neurons of the model.
 
-    delta: float64 [layers, intermediate_size], 0 in layers that were not recorded.
-    universal: bool, the same shape; None without a filter. rows: None unless asked for.
+    positive, negative: with means of 0 in layers that were not recorded.
+    universal: bool [neurons]; None without a filter. rows: None unless asked for.
     """
 
-    delta: NDArray[np.float64]
+    positive: Mean
+    negative: Mean
     universal: NDArray[np.bool_] | None
     rows: SetRows | None
+
+    @property
+    def delta(self) -> NDArray[np.float64]:
+        """Mean over the positive minus mean over the negative prompts."""
+        return self.positive.mean - self.negative.mean
 
 
 def encode_sets(
@@ -120,49 +127,69 @@ def record_sets(llm: LLM, sets: PromptSets, method: Method, max_bytes: int) -> R
 
     max_bytes: limit of those rows.
     """
-    size = method.size
-    delta: NDArray[np.float64] | None = None
+    layout = method.layout
+    means: dict[str, Mean] = {}
     rows: SetRows | None = None
     if method.bootstrap:
-        layers, both = size.layers(method.layers), [*sets.positive, *sets.negative]
-        values = record_token_rows(llm, both, layers, max_bytes=max_bytes)
+        layers, both = chosen_layers(layout, method.layers), [*sets.positive, *sets.negative]
+        found = record_token_rows(llm, both, layers, max_bytes=max_bytes)
         count = len(sets.positive)
-        rows = SetRows(layers, values[:, :count], values[:, count:])
-        delta = mean_difference(rows, size)
-    k = method.rule.top(size)
-    members = np.zeros((size.num_layers, size.intermediate_size), dtype=np.int64)
+        rows = SetRows(layers, found.values[:count], found.values[count:])
+        for name, values, reached in (
+            (POSITIVE, rows.positive, found.reached[:count]),
+            (NEGATIVE, rows.negative, found.reached[count:]),
+        ):
+            mean = _weighted_mean(values, layers, layout)
+            means[name] = Mean(mean, len(values), reached.sum(0))
+    k = method.rule.top(layout)
+    members = np.zeros(layout.size, dtype=np.int64)
     left = list(sets.universal)
-    while left or delta is None:
+    while left or not means:
         diverse, left = left[:ROUND_PROMPTS], left[ROUND_PROMPTS:]
         requests = [(ids, GROUP) for ids in diverse]
-        if delta is None:
+        if not means:
             requests += [(ids, POSITIVE) for ids in sets.positive]
             requests += [(ids, NEGATIVE) for ids in sets.negative]
         plan = {"top": {GROUP: k}, "top_prompts": len(diverse)} if diverse else None
         reports = prefill(llm, requests, plan)
         if diverse:
-            members += membership(reports, len(diverse), k, size)
-        if delta is None:
+            members += membership(reports, len(diverse), k, layout)
+        if not means:
             counts = {POSITIVE: len(sets.positive), NEGATIVE: len(sets.negative)}
-            means = assemble(reports, counts, size)
-            delta = means[POSITIVE] - means[NEGATIVE]
-    needed = method.rule.needed(len(sets.universal))
-    return Recorded(delta, members >= needed if sets.universal else None, rows)
+            means = assemble(reports, counts, layout)
+    universal = None
+    if sets.universal:
+        universal = members >= method.rule.needed(len(sets.universal))
+    return Recorded(means[POSITIVE], means[NEGATIVE], universal, rows)
 
 
 def mean_difference(
     rows: SetRows,
-    size: Dimensions,
-    weights: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None,
+    layout: Layout,
+    weights: tuple[NDArray[np.float64], NDArray[np.float64]] | tuple[None, None] = (None, None),
 ) -> NDArray[np.float64]:
-    """Mean over the positive minus mean over the negative rows, over all layers of the model.
+    """Mean over the positive minus mean over the negative rows, for all neurons of the model.
 
     weights: float64 [prompts] of each set, with sum 1; None for equal weights.
     """
-    delta = np.zeros((size.num_layers, size.intermediate_size))
-    for sign, values, which in ((1.0, rows.positive, 0), (-1.0, rows.negative, 1)):
-        count = values.shape[1]
-        shares = np.full(count, 1 / count) if weights is None else weights[which]
-        for prompt in np.flatnonzero(shares):  # no float64 copy of all rows
-            delta[rows.layers] += sign * shares[prompt] * values[:, prompt].astype(np.float64)
-    return delta
+    above, below = (
+        _weighted_mean(values, rows.layers, layout, weight)
+        for values, weight in zip((rows.positive, rows.negative), weights, strict=True)
+    )
+    return above - below
+
+
+def _weighted_mean(
+    values: NDArray[np.float32],
+    layers: Sequence[int],
+    layout: Layout,
+    weights: NDArray[np.float64] | None = None,
+) -> NDArray[np.float64]:
+    count = len(values)
+    shares = np.full(count, 1 / count) if weights is None else weights
+    mean = np.zeros(values.shape[1])
+    for prompt in np.flatnonzero(shares):  # no float64 copy of all rows
+        mean += shares[prompt] * values[prompt].astype(np.float64)
+    whole = np.zeros(layout.size)
+    whole[layout.numbers(layers)] = mean
+    return whole

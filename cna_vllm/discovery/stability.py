@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from cna_vllm.discovery.activations import Activations
-from cna_vllm.discovery.prefill import Dimensions
 from cna_vllm.discovery.sets import SetRows, mean_difference
 from cna_vllm.steering.circuit import Circuit, CircuitError, Neuron
+from cna_vllm.steering.layout import Layout
+
+Place = tuple[int, int, int]
+"""Layer, routed expert (-1 for none) and index: ``Neuron.place``."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,13 @@ def separation(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> 
 def mean_signed_activation(circuit: Circuit, activations: Activations) -> NDArray[np.float64]:
     """Mean over the circuit's neurons of sign(delta) * a, for each prompt: float64 [prompts].
 
-    activations: layer -> [prompts, intermediate_size], of at least the circuit's layers. Neurons
-    whose delta is 0 count as 0.
+    activations: of at least the circuit's layers, as ``record_activations`` has them of a model of
+    the circuit's shape. Neurons whose delta is 0 count as 0.
     """
+    layout = Layout(circuit.shape)
     columns = [
-        np.sign(n.delta) * activations[n.layer][:, n.index].astype(np.float64)
+        np.sign(n.delta)
+        * activations[n.layer][:, layout.number(n) - layout.layer(n.layer).start].astype(np.float64)
         for n in circuit.neurons
     ]
     return np.mean(columns, axis=0)
@@ -53,30 +58,30 @@ def mean_signed_activation(circuit: Circuit, activations: Activations) -> NDArra
 
 def bootstrap(
     rows: SetRows,
-    size: Dimensions,
+    layout: Layout,
     chosen: Sequence[Neuron],
     select: Callable[[NDArray[np.float64]], Sequence[Neuron]],
     resamples: int,
     seed: int,
-) -> tuple[float, dict[tuple[int, int], float]]:
+) -> tuple[float, dict[Place, float]]:
     """Repeats the selection on prompts drawn with replacement, each set from itself.
 
-    select: from a delta of all layers to neurons; chosen: what it selects from all prompts.
+    select: from a delta of all neurons to some; chosen: what it selects from all prompts.
     Returns the mean of |A and B| / |A or B| of the circuit and a resample's; and, of each neuron
     of the circuit in order, the share of resamples that select it.
     """
     draw = np.random.default_rng(seed)
-    full = {(n.layer, n.index) for n in chosen}
+    full = {n.place for n in chosen}
     hits = dict.fromkeys(sorted(full), 0)
     overlaps = []
 
     def weights(values: NDArray[np.float32]) -> NDArray[np.float64]:
-        count = values.shape[1]
+        count = len(values)
         return draw.multinomial(count, np.full(count, 1 / count)) / count
 
     for _ in range(resamples):
-        delta = mean_difference(rows, size, (weights(rows.positive), weights(rows.negative)))
-        found = {(n.layer, n.index) for n in select(delta)}
+        delta = mean_difference(rows, layout, (weights(rows.positive), weights(rows.negative)))
+        found = {n.place for n in select(delta)}
         overlaps.append(len(found & full) / len(found | full))
         for neuron in found & full:
             hits[neuron] += 1
@@ -85,21 +90,24 @@ def bootstrap(
 
 
 def random_control(circuit: Circuit, seed: int = 0) -> Circuit:
-    """As many neurons in each layer as ``circuit`` has, drawn uniformly from those it has not.
+    """As many neurons in each MLP as ``circuit`` has, drawn uniformly from those it has not; each
+    routed expert is an MLP of its own.
 
     Their delta is 0, since none is known, and no prompts are named, since none chose them. Raises
-    CircuitError when a layer has too few others.
+    CircuitError when an MLP has too few others.
     """
     draw = random.Random(seed)
     neurons = []
-    for layer, taken in circuit.by_layer().items():
-        others = sorted(set(range(circuit.intermediate_size)).difference(taken))
+    for (layer, expert), taken in circuit.by_mlp().items():
+        others = sorted(set(range(circuit.shape.width(layer, expert))).difference(taken))
         if len(others) < len(taken):
+            where = f"layer {layer}" + ("" if expert is None else f", expert {expert},")
             raise CircuitError(
-                f"layer {layer} has {len(others)} neurons outside the circuit, too few for a "
+                f"{where} has {len(others)} neurons outside the circuit, too few for a "
                 f"control of {len(taken)}; discover a smaller circuit"
             )
-        neurons += [Neuron(layer, index) for index in draw.sample(others, len(taken))]
+        indices = draw.sample(others, len(taken))
+        neurons += [Neuron(layer, index, expert=expert) for index in indices]
     return replace(
         circuit,
         neurons=tuple(neurons),

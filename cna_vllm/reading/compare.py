@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cna_vllm.reading.profile import layer_counts
 from cna_vllm.steering.circuit import Circuit, CircuitError, Neuron
+from cna_vllm.steering.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -55,50 +56,57 @@ class Comparison:
 def compare(first: Circuit, second: Circuit) -> Comparison:
     """Compares two circuits neuron by neuron; raises CircuitError where no neuron is the same,
     since architectures or dimensions differ."""
-    if _shape(first) != _shape(second):
-        raise CircuitError(
-            f"{_describe(first)} cannot be compared with {_describe(second)}: "
-            "their neurons are not the same"
-        )
-    others = {(neuron.layer, neuron.index): neuron for neuron in second.neurons}
+    shape = common_shape(first, second)
+    others = {neuron.place: neuron for neuron in second.neurons}
     common = tuple(
-        (neuron, others[neuron.layer, neuron.index])
-        for neuron in first.neurons
-        if (neuron.layer, neuron.index) in others
+        (neuron, others[neuron.place]) for neuron in first.neurons if neuron.place in others
     )
     shared = [0] * first.num_layers
     for neuron, _ in common:
         shared[neuron.layer] += 1
     by_layer = tuple(zip(layer_counts(first), layer_counts(second), shared, strict=True))
-    size = first.num_layers * first.intermediate_size
+    sizes = [(a, b, shape.layer_size(layer)) for layer, (a, b, _) in enumerate(by_layer)]
     return Comparison(
         first,
         second,
         common,
         by_layer,
         jaccard=len(common) / (len(first) + len(second) - len(common)),
-        uniform=_chance(len(common), [(len(first), len(second))], size),
-        within_layers=_chance(
-            len(common), [(a, b) for a, b, _ in by_layer], first.intermediate_size
-        ),
+        uniform=_chance(len(common), [(len(first), len(second), shape.size)]),
+        within_layers=_chance(len(common), sizes),
         same_sign=_same_sign(common),
         correlation=_correlation(common),
     )
 
 
-def _chance(overlap: int, sizes: list[tuple[int, int]], population: int) -> Chance:
-    """Chance over independent pools of `population` neurons each; `sizes` are the draws' sizes."""
+def common_shape(first: Circuit, second: Circuit) -> Shape:
+    """That of the models of both; a circuit without routed neurons says nothing about experts.
+    Raises CircuitError where it is not the same."""
+    one, two = first.shape, second.shape
+    if not (first.is_routed and second.is_routed):
+        one, two = one.dense(), two.dense()
+    if (first.architecture, one) != (second.architecture, two):
+        raise CircuitError(
+            f"{_describe(first)} cannot be compared with {_describe(second)}: "
+            "their neurons are not the same"
+        )
+    return (first if first.is_routed else second).shape
+
+
+def _chance(overlap: int, pools: list[tuple[int, int, int]]) -> Chance:
+    """Chance over independent pools: the sizes of both draws, and the neurons they are from."""
     import numpy as np
     from scipy.stats import hypergeom
 
     total = np.ones(1)  # distribution of the overlap so far
-    for a, b in sizes:
+    for a, b, population in pools:
         if a and b:
             counts = np.arange(min(a, b) + 1)
             total = np.convolve(total, hypergeom.pmf(counts, population, a, b))
-    expected = sum(a * b / population for a, b in sizes)
-    if len(sizes) == 1:  # exact far into the tail, where a sum of the mass would lose digits
-        return Chance(expected, float(hypergeom.sf(overlap - 1, population, *sizes[0])))
+    expected = sum(a * b / population for a, b, population in pools if a and b)
+    if len(pools) == 1:  # exact far into the tail, where a sum of the mass would lose digits
+        a, b, population = pools[0]
+        return Chance(expected, float(hypergeom.sf(overlap - 1, population, a, b)))
     return Chance(expected, min(1.0, float(total[overlap:].sum())))
 
 
@@ -119,13 +127,5 @@ def _correlation(common: tuple[tuple[Neuron, Neuron], ...]) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _shape(circuit: Circuit) -> tuple[str, int, int]:
-    return circuit.architecture, circuit.num_layers, circuit.intermediate_size
-
-
 def _describe(circuit: Circuit) -> str:
-    architecture, layers, width = _shape(circuit)
-    return (
-        f"the circuit of {circuit.model!r} ({architecture}, {layers} layers, "
-        f"intermediate size {width})"
-    )
+    return f"the circuit of {circuit.model!r} ({circuit.architecture}, {circuit.shape})"

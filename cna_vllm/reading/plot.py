@@ -11,22 +11,20 @@ import io
 import os
 import textwrap
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, fontManager
-from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, StrMethodFormatter
 
 from cna_vllm.files import write_atomic
 from cna_vllm.reading.compare import Comparison
-from cna_vllm.reading.profile import late_shares
+from cna_vllm.reading.glyphs import drawable, families
+from cna_vllm.reading.profile import expert_counts, late_shares
 from cna_vllm.reading.report import expected_text
-from cna_vllm.reading.tokens import columns, escape, visible
+from cna_vllm.reading.tokens import columns, visible
 from cna_vllm.reading.vocabulary import Item, Reading
 from cna_vllm.steering.circuit import Circuit, Neuron
 
@@ -34,20 +32,11 @@ MAX_NEURONS = 25
 _BLUE, _ORANGE, _GREY, _SHADE = "#0072B2", "#E69F00", "#666666", "#EEEEEE"
 _HATCH = "////"
 _WIDTH = 12.5  # inches
+_STRIP = 0.5  # height of the experts' strip
+_TOP_EXPERTS = 8
 _DPI = 120
 _TITLE_WIDTH = 110  # characters
 _TOKEN_WIDTH, _CELL_WIDTH = 16, 48
-
-_BASE = "DejaVu Sans"  # comes with matplotlib
-_MORE = (
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Source Han Sans SC",
-    "WenQuanYi Zen Hei",
-    "PingFang SC",
-    "Microsoft YaHei",
-    "Arial Unicode MS",
-)
 
 
 def plot_circuit(
@@ -63,18 +52,20 @@ def plot_circuit(
     """
     neurons, readings = neurons[:MAX_NEURONS], readings[:MAX_NEURONS]
     rows = 0.29 * len(neurons) + 0.5
-    heights = [2.6, rows] if neurons else [2.6]
+    heights = [2.6, *([_STRIP] if circuit.is_routed else []), *([rows] if neurons else [])]
     title = _title(f"{circuit.model}: circuit of {_count(len(circuit))}")
-    figure = _figure(sum(heights) + 1.5 + 0.25 * title.count("\n"), title)
+    figure = _figure(sum(heights) + 1.5 + 0.25 * title.count("\n") + circuit.is_routed, title)
     grid = figure.add_gridspec(len(heights), 3, height_ratios=heights, width_ratios=[5, 4, 4])
     _draw_profile(figure.add_subplot(grid[0, :]), circuit)
+    if circuit.is_routed:
+        _draw_experts(figure.add_subplot(grid[1, :]), circuit)
     if neurons:
-        bars = figure.add_subplot(grid[1, 0] if readings else grid[1, :])
+        bars = figure.add_subplot(grid[-1, 0] if readings else grid[-1, :])
         _draw_strongest(bars, neurons)
         if readings:
             for column, side in enumerate(("promotes", "suppresses"), start=1):
                 cells = [_cell(getattr(reading, side)) for reading in readings]
-                _draw_cells(figure.add_subplot(grid[1, column], sharey=bars), side, cells)
+                _draw_cells(figure.add_subplot(grid[-1, column], sharey=bars), side, cells)
     _save(figure, path)
 
 
@@ -118,6 +109,31 @@ def _draw_profile(axes: Axes, circuit: Circuit) -> None:
     _finish_layers(axes, circuit, f"neurons by layer      {shares}")
 
 
+def _draw_experts(axes: Axes, circuit: Circuit) -> None:
+    """A strip: neurons of routed experts by layer, all experts of a layer summed; its heading names
+    the experts with most."""
+    counts = expert_counts(circuit)
+    by_layer = [0] * circuit.num_layers
+    for layer, _, count in counts:
+        by_layer[layer] += count
+    axes.imshow([by_layer], cmap="Greys", aspect="auto", vmin=0)
+    for layer, count in enumerate(by_layer):
+        if count:
+            colour = "white" if count > max(by_layer) / 2 else "black"
+            axes.text(layer, 0, str(count), color=colour, fontsize=7, ha="center", va="center")
+    axes.set_xlim(-0.7, circuit.num_layers - 0.3)
+    axes.set_yticks([])
+    axes.set_xlabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(20, integer=True, min_n_ticks=1))
+    top = ", ".join(f"{layer}/{expert}: {count}" for layer, expert, count in counts[:_TOP_EXPERTS])
+    _heading(axes, f"of them in routed experts; most in layer/expert {top}")
+
+
+def _place(neuron: Neuron) -> str:
+    expert = "" if neuron.expert is None else f" · expert {neuron.expert}"
+    return f"layer {neuron.layer}{expert} · {neuron.index}"
+
+
 def _draw_down(axes: Axes, counts: Sequence[int], label: str) -> None:
     down = [-count for count in counts]
     axes.bar(range(len(down)), down, color=_ORANGE, hatch=_HATCH, edgecolor="white", label=label)
@@ -132,7 +148,7 @@ def _draw_strongest(axes: Axes, neurons: Sequence[Neuron]) -> None:
         color=[_ORANGE if delta < 0 else _BLUE for delta in deltas],
         hatch=[_HATCH if delta < 0 else "" for delta in deltas],
         edgecolor="white",
-        tick_label=[f"layer {n.layer} · {n.index}" for n in neurons],
+        tick_label=[_place(neuron) for neuron in neurons],
     )
     numbers = [f"{delta:+.3g}" if delta else "unknown" for delta in deltas]
     axes.bar_label(bars, numbers, padding=4, fontsize=8)
@@ -271,29 +287,7 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a pair of dollar signs in a token or a name is no formula
-        text.set_fontfamily(_families())
+        text.set_fontfamily(families())
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     write_atomic(path, [buffer.getvalue()])
-
-
-@cache
-def _families() -> list[str]:
-    """Font families to draw with: matplotlib's own, then installed ones for other scripts."""
-    installed = {entry.name for entry in fontManager.ttflist}
-    return [_BASE, *(name for name in _MORE if name in installed)]
-
-
-def drawable(text: str) -> str:
-    """`text` with each character that no font can draw as `\\u4e2d`, instead of an empty box."""
-    return "".join(char if _has_glyph(char) else escape(char) for char in text)
-
-
-@cache
-def _has_glyph(char: str) -> bool:
-    return char == "\n" or any(font.get_char_index(ord(char)) for font in _fonts())
-
-
-@cache
-def _fonts() -> list[FT2Font]:
-    return [FT2Font(findfont(FontProperties(family=name))) for name in _families()]

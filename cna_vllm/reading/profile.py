@@ -18,7 +18,7 @@ class LateShare:
     Attributes:
         name: `last 10%`, `last three layers` or `last quarter`; layers are rounded up.
         share: `neurons` of all neurons of the circuit, 0 to 1.
-        uniform: the share that neurons spread evenly over all layers would have.
+        uniform: the share that neurons spread evenly over all of the model's would have.
     """
 
     name: str
@@ -30,13 +30,26 @@ class LateShare:
 
 def layer_counts(circuit: Circuit) -> list[int]:
     """Number of the circuit's neurons in every layer of the model."""
-    layers = circuit.by_layer()
-    return [len(layers.get(layer, ())) for layer in range(circuit.num_layers)]
+    counts = [0] * circuit.num_layers
+    for neuron in circuit.neurons:
+        counts[neuron.layer] += 1
+    return counts
+
+
+def expert_counts(circuit: Circuit) -> list[tuple[int, int, int]]:
+    """(layer, routed expert, number of neurons) of those with any, most neurons first; ties: lower
+    layer, then lower expert."""
+    counts = [
+        (layer, expert, len(indices))
+        for (layer, expert), indices in circuit.by_mlp().items()
+        if expert is not None
+    ]
+    return sorted(counts, key=lambda entry: -entry[2])
 
 
 def late_shares(circuit: Circuit) -> tuple[LateShare, ...]:
     """The shares of the last 10% of layers, the last three and the last quarter."""
-    total = circuit.num_layers
+    total, shape = circuit.num_layers, circuit.shape
     counts = layer_counts(circuit)
     shares = []
     for name, layers in (
@@ -44,16 +57,16 @@ def late_shares(circuit: Circuit) -> tuple[LateShare, ...]:
         ("last three layers", min(3, total)),
         ("last quarter", -(-total // 4)),
     ):
-        neurons = sum(counts[total - layers :])
-        shares.append(
-            LateShare(name, total - layers, neurons, neurons / len(circuit), layers / total)
-        )
+        late = range(total - layers, total)
+        neurons = sum(counts[layer] for layer in late)
+        uniform = sum(map(shape.layer_size, late)) / shape.size
+        shares.append(LateShare(name, late[0], neurons, neurons / len(circuit), uniform))
     return tuple(shares)
 
 
 def strongest(circuit: Circuit, count: int) -> list[Neuron]:
-    """The `count` neurons of largest |delta|; ties: lower layer, then lower index."""
-    return sorted(circuit.neurons, key=lambda n: (-abs(n.delta), n.layer, n.index))[:count]
+    """The `count` neurons of largest |delta|; ties: lower `Neuron.place`."""
+    return sorted(circuit.neurons, key=lambda neuron: -abs(neuron.delta))[:count]
 
 
 def bar_chart(counts: Sequence[int], max_rows: int | None = None) -> str:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from cna_vllm.reading.compare import Chance, Comparison
-from cna_vllm.reading.profile import bar_chart, late_shares, layer_counts
+from cna_vllm.reading.profile import bar_chart, expert_counts, late_shares, layer_counts
 from cna_vllm.reading.tokens import visible
 from cna_vllm.reading.vocabulary import Item, Reading
 from cna_vllm.steering.circuit import Circuit, Neuron
 
-_TOKEN_WIDTH = 24
+_TOKEN_WIDTH, _TOP_EXPERTS = 24, 12
 LENS = (
     "promotes and suppresses: logit lens of sign(delta) * down_proj[:, index], so the change "
     "from the negative to the positive prompts, through the final norm's gain and the unembedding"
@@ -28,23 +28,33 @@ def shares_text(circuit: Circuit) -> str:
 
 
 def profile_text(circuit: Circuit, max_rows: int | None = None) -> str:
-    """The bar chart of neurons by layer, under its heading, and the late layers' shares."""
+    """The bar chart of neurons by layer, under its heading, the late layers' shares, and the routed
+    experts with most neurons."""
     chart = bar_chart(layer_counts(circuit), max_rows)
-    return f"neurons by layer\n{chart}\n{shares_text(circuit)}"
+    return "\n".join(["neurons by layer", chart, shares_text(circuit), *_experts_text(circuit)])
+
+
+def _experts_text(circuit: Circuit) -> list[str]:
+    counts = expert_counts(circuit)
+    if not counts:
+        return []
+    shown = [f"{layer}/{expert}: {count}" for layer, expert, count in counts[:_TOP_EXPERTS]]
+    more = ["..."] if len(counts) > _TOP_EXPERTS else []
+    return [f"neurons by layer/expert, most first: {', '.join([*shown, *more])}"]
 
 
 def neurons_text(neurons: Sequence[Neuron]) -> str:
-    """A line for every neuron: layer, index and delta."""
-    lines = [f"strongest {len(neurons)}", "layer  index       delta"]
-    return "\n".join(lines + [_neuron_line(neuron) for neuron in neurons])
+    """A line for every neuron: layer, its routed expert where any has one, index and delta."""
+    heading, *lines = _neuron_lines(neurons)
+    return "\n".join([f"strongest {len(neurons)}", heading, *lines])
 
 
 def readings_text(readings: Sequence[Reading], *, suppresses: bool = True) -> str:
     """`neurons_text` with the vocabulary items, a line of promoted and one of suppressed ones."""
     heading, plus = ("promotes (+), suppresses (-)", "+ ") if suppresses else ("promotes", "")
-    lines = [f"strongest {len(readings)}", f"layer  index       delta  {heading}"]
-    for reading in readings:
-        start = _neuron_line(reading.neuron)
+    first, *starts = _neuron_lines([reading.neuron for reading in readings])
+    lines = [f"strongest {len(readings)}", f"{first}  {heading}"]
+    for start, reading in zip(starts, readings, strict=True):
         lines.append(f"{start}  {plus}{_items_text(reading.promotes)}".rstrip())
         if suppresses:
             lines.append(f"{'':{len(start)}}  - {_items_text(reading.suppresses)}".rstrip())
@@ -59,9 +69,7 @@ def circuit_json(
     circuit: Circuit, neurons: Sequence[Neuron], readings: Sequence[Reading]
 ) -> dict[str, Any]:
     """Everything the text shows; `promotes` and `suppresses` only where `readings` are given."""
-    rows: list[dict[str, Any]] = [
-        {"layer": neuron.layer, "index": neuron.index, "delta": neuron.delta} for neuron in neurons
-    ]
+    rows = [neuron.to_dict() for neuron in neurons]
     for row, reading in zip(rows, readings, strict=False):
         row["promotes"] = [vars(item) for item in reading.promotes]
         row["suppresses"] = [vars(item) for item in reading.suppresses]
@@ -75,10 +83,20 @@ def circuit_json(
         "positive": sum(neuron.delta > 0 for neuron in circuit.neurons),
         "negative": sum(neuron.delta < 0 for neuron in circuit.neurons),
         "neurons_by_layer": layer_counts(circuit),
+        **_experts_json(circuit),
         "late_layers": [vars(share) for share in late_shares(circuit)],
         "strongest": rows,
         "lens": LENS if readings else None,
     }
+
+
+def _experts_json(circuit: Circuit) -> dict[str, Any]:
+    """Of a circuit with neurons of routed experts: how many neurons, and of all of the circuit."""
+    rows = [
+        {"layer": layer, "expert": expert, "neurons": count, "share": count / len(circuit)}
+        for layer, expert, count in expert_counts(circuit)
+    ]
+    return {"neurons_by_expert": rows} if rows else {}
 
 
 def shared_text(count: int, where: str) -> str:
@@ -126,6 +144,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         **{
             name: {
                 **_head_json(circuit),
+                **_experts_json(circuit),
                 "late_layers": [vars(share) for share in late_shares(circuit)],
             }
             for name, circuit in (("a", comparison.first), ("b", comparison.second))
@@ -140,14 +159,26 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         "delta_correlation": comparison.correlation,
         "by_layer": [{"a": a, "b": b, "both": both} for a, b, both in comparison.by_layer],
         "common": [
-            {"layer": a.layer, "index": a.index, "delta_a": a.delta, "delta_b": b.delta}
-            for a, b in comparison.common
+            {**_place_json(a), "delta_a": a.delta, "delta_b": b.delta} for a, b in comparison.common
         ],
     }
 
 
-def _neuron_line(neuron: Neuron) -> str:
-    return f"{neuron.layer:5} {neuron.index:6} {neuron.delta:+11.4g}"
+def _place_json(neuron: Neuron) -> dict[str, Any]:
+    return {name: value for name, value in neuron.to_dict().items() if name != "delta"}
+
+
+def _neuron_lines(neurons: Sequence[Neuron]) -> list[str]:
+    """A heading, and a line for every neuron."""
+    routed = any(neuron.expert is not None for neuron in neurons)
+    rows = [("layer", "expert", "index", "delta")]
+    for n in neurons:
+        expert = "-" if n.expert is None else str(n.expert)
+        rows.append((str(n.layer), expert, str(n.index), f"{n.delta:+.4g}"))
+    return [
+        f"{layer:>5} {f'{expert:>6} ' if routed else ''}{index:>6} {delta:>11}"
+        for layer, expert, index, delta in rows
+    ]
 
 
 def _chance_text(chance: Chance) -> str:
@@ -162,8 +193,7 @@ def _head_json(circuit: Circuit) -> dict[str, Any]:
     return {
         "model": circuit.model,
         "architecture": circuit.architecture,
-        "num_layers": circuit.num_layers,
-        "intermediate_size": circuit.intermediate_size,
+        **circuit.shape.fields(),
         "neurons": len(circuit),
         "digest": circuit.digest,
     }

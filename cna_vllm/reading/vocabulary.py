@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cna_vllm.checkpoints.checkpoint import Checkpoint, CheckpointError
+from cna_vllm.checkpoints.down_proj import DownProj
 from cna_vllm.reading.tokens import token_text
 from cna_vllm.steering.circuit import Neuron
 
@@ -81,11 +82,14 @@ def read_neurons(
     """
     import torch
 
-    prefix, names = checkpoint.down_proj(neuron.layer for neuron in neurons)
+    prefix, places = checkpoint.down_proj((neuron.layer, neuron.expert) for neuron in neurons)
     if not neurons:
         return []
     columns = torch.stack(
-        [_written(checkpoint, prefix, names[neuron.layer], neuron) for neuron in neurons]
+        [
+            _written(checkpoint, prefix, places[neuron.layer, neuron.expert], neuron)
+            for neuron in neurons
+        ]
     )
     if not hasattr(checkpoint.text_config, "rms_norm_eps"):  # a LayerNorm
         columns = columns - columns.mean(1, keepdim=True)
@@ -102,15 +106,18 @@ def read_neurons(
     ]
 
 
-def _written(checkpoint: Checkpoint, prefix: str, name: str, neuron: Neuron) -> torch.Tensor:
+def _written(checkpoint: Checkpoint, prefix: str, at: DownProj, neuron: Neuron) -> torch.Tensor:
     """float32 [hidden_size]: p * sign(delta) * down_proj[:, index]."""
-    with checkpoint.tensor(name) as tensor:
-        width = tensor.get_shape()[-1]
-        if neuron.index >= width:
-            raise CheckpointError(
-                f"{checkpoint.model}: {name} has {width} columns, none for neuron {neuron.index}"
-            )
-        column: torch.Tensor = tensor[:, neuron.index : neuron.index + 1].squeeze(1).float()
+    width = checkpoint.shape.width(neuron.layer, neuron.expert)
+    if neuron.index >= width:
+        raise CheckpointError(
+            f"{checkpoint.model}: {at.name} has {width} columns, none for neuron {neuron.index}"
+        )
+    one, every = slice(neuron.index, neuron.index + 1), slice(None)
+    matrix = (every, one) if at.axis else (one, every)
+    with checkpoint.tensor(at.name) as tensor:
+        part = tensor[matrix] if at.part is None else tensor[(at.part, *matrix)]
+    column: torch.Tensor = part.flatten().float()
     for norm in _MLP_OUTPUT_NORMS:
         gain = f"{prefix}layers.{neuron.layer}.{norm}.weight"
         if gain in checkpoint.files:

@@ -51,6 +51,9 @@ class CnaConfig:
     circuit_dir: folder from which circuits may be loaded over HTTP; None: no run-time control.
     registry_dir: folder that keeps what was loaded at run time, across restarts and for all API
         server processes.
+    max_expert_neurons: neurons of routed experts that one circuit may have on a rank, at
+        4 * max_circuits bytes each; 0: routed experts are not steered, and vLLM may compute them
+        by any backend.
     max_neurons, max_file_bytes: limits of a circuit that is loaded over HTTP.
     """
 
@@ -65,6 +68,7 @@ class CnaConfig:
     adapters: Mapping[str, Any] = field(default_factory=dict)
     circuit_dir: str | None = None
     registry_dir: str | None = None
+    max_expert_neurons: int = 65536
     max_neurons: int = 1_000_000
     max_file_bytes: int = 16 * 2**20
 
@@ -135,6 +139,7 @@ class CnaConfig:
 _LEAST = {
     "max_circuits": 1,
     "max_circuits_per_request": 1,
+    "max_expert_neurons": 0,
     "max_neurons": 1,
     "max_file_bytes": 1,
     "max_vectors": 0,

@@ -5,36 +5,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, TypedDict, Unpack
 
 from cna_vllm.files import parse_json
-from cna_vllm.steering.content import MAX_FILE_BYTES, Content, in_range, is_int, show
+from cna_vllm.steering.content import MAX_FILE_BYTES, Content, show
+from cna_vllm.steering.neurons import CircuitError as CircuitError
+from cna_vllm.steering.neurons import Neuron as Neuron
+from cna_vllm.steering.neurons import checked_neurons
 from cna_vllm.steering.packed import Packed
-
-
-class CircuitError(ValueError):
-    """A circuit, or the file of one, that cannot be used: one line with the field and the fix."""
-
-
-@dataclass(frozen=True, order=True, slots=True)
-class Neuron:
-    """Element `index` of the vector that enters `mlp.down_proj` of decoder layer `layer` (0-based).
-
-    `delta` is the signed difference of mean activations (positive minus negative prompts) that
-    selected it, in activation units; 0.0 where it is not known.
-    """
-
-    layer: int
-    index: int
-    delta: float = 0.0
+from cna_vllm.steering.shape import Shape
 
 
 class ModelNames(TypedDict, total=False):
@@ -43,12 +28,13 @@ class ModelNames(TypedDict, total=False):
     model: str | None
     architecture: str | None
     num_layers: int | None
-    intermediate_size: int | None
+    intermediate_size: int | Sequence[int] | None
+    experts: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
 class Circuit(Content):
-    """The neurons, sorted by (layer, index) and unique, and what is known about their origin.
+    """The neurons, sorted by `Neuron.place` and unique, and what is known about their origin.
 
     Construction validates everything, so an instance is always usable.
 
@@ -56,8 +42,11 @@ class Circuit(Content):
         model: id of the model the circuit was found in; only a name, since one model has many.
         architecture: class name of the model, for example `LlamaForCausalLM`.
         num_layers: decoder layers of the model.
-        intermediate_size: width of the `down_proj` input.
+        intermediate_size: width of the `down_proj` input of each layer's dense or shared MLP, 0
+            where it has none: an integer of all layers, else a list.
         neurons: any iterable of `Neuron` is taken; kept as a sorted tuple.
+        experts: `count` of each layer's routed experts and the `intermediate_size` of each of them,
+            both as the field of that name; kept where a neuron is of a routed expert, else None.
         dtype: dtype of the model during discovery, empty where unknown.
         method: name and parameters of the method that found the neurons.
         prompts: counts and digest of the prompts.
@@ -70,16 +59,16 @@ class Circuit(Content):
     """
 
     FORMAT = "cna-circuit"
-    WIDTH = "intermediate_size"
-    MAX_WIDTH = 2**24
+    VERSIONS = (1, 2)
     REQUIRED = ("model", "architecture", "num_layers", "intermediate_size", "neurons")
+    OPTIONAL = ("experts",)
     MISFIT = "circuit of {} does not fit {}; discover it in the model it shall steer"
     Error = CircuitError
 
     model: str
     architecture: str
     num_layers: int
-    intermediate_size: int
+    intermediate_size: int | list[int]
     neurons: tuple[Neuron, ...]
     dtype: str = ""
     method: Mapping[str, Any] = field(default_factory=dict)
@@ -87,11 +76,30 @@ class Circuit(Content):
     tools: Mapping[str, Any] = field(default_factory=dict)
     created: str = ""
     notes: tuple[str, ...] = ()
+    experts: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        neurons = _checked_neurons(self.neurons, self.num_layers, self.intermediate_size)
-        object.__setattr__(self, "neurons", neurons)
+        shape = _shape(self.num_layers, self.intermediate_size, self.experts)
+        object.__setattr__(self, "neurons", checked_neurons(self.neurons, shape))
+        fields = (shape if self.is_routed else shape.dense()).fields()
+        object.__setattr__(self, "intermediate_size", fields["intermediate_size"])
+        object.__setattr__(self, "experts", fields.get("experts"))
+
+    @cached_property
+    def shape(self) -> Shape:
+        """Of the model; without its routed experts unless the circuit has neurons of them."""
+        return Shape.of(self.num_layers, self.intermediate_size, self.experts)
+
+    @cached_property
+    def is_routed(self) -> bool:
+        """Whether any neuron is of a routed expert."""
+        return any(neuron.expert is not None for neuron in self.neurons)
+
+    @property
+    def version(self) -> int:
+        """1 for one width of all layers and no routed expert, which older releases read too."""
+        return 2 if self.is_routed or isinstance(self.intermediate_size, list) else 1
 
     def __len__(self) -> int:
         return len(self.neurons)
@@ -103,14 +111,17 @@ class Circuit(Content):
     def digest(self) -> str:
         """SHA-256 (64 hex digits) over the neurons, their deltas and the model's dimensions.
 
-        Always computed from the content. Two circuits of equal digest steer identically.
+        Always computed from the content. Two circuits of equal digest steer identically. Where
+        version 1 of the file can say the content, the digest is what it has always been.
         """
-        content = [
-            self.architecture,
-            self.num_layers,
-            self.intermediate_size,
-            [[n.layer, n.index, n.delta.hex()] for n in self.neurons],
-        ]
+        content: list[Any] = [self.architecture, self.num_layers]
+        if self.version == 1:
+            neurons = [[n.layer, n.index, n.delta.hex()] for n in self.neurons]
+            content += [self.intermediate_size, neurons]
+        else:
+            shape = self.shape
+            content += [shape.widths, shape.experts, shape.expert_widths]
+            content += [[[*n.place, n.delta.hex()] for n in self.neurons]]
         canonical = json.dumps(content, ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
@@ -118,25 +129,45 @@ class Circuit(Content):
         """What workers get of it."""
         layers = array("i", (neuron.layer for neuron in self.neurons))
         indices = array("i", (neuron.index for neuron in self.neurons))
-        return Packed("circuit", self.digest, layers.tobytes(), indices.tobytes())
+        experts = array("i", (n.place[1] for n in self.neurons) if self.is_routed else ())
+        values = (layers.tobytes(), indices.tobytes(), experts.tobytes())
+        return Packed("circuit", self.digest, *values)
+
+    def by_mlp(self) -> dict[tuple[int, int | None], tuple[int, ...]]:
+        """(layer, routed expert or None) -> ascending neuron indices, of the MLPs that have any,
+        in the order of the neurons."""
+        mlps: dict[tuple[int, int | None], list[int]] = {}
+        for neuron in self.neurons:
+            mlps.setdefault((neuron.layer, neuron.expert), []).append(neuron.index)
+        return {mlp: tuple(indices) for mlp, indices in mlps.items()}
 
     def by_layer(self) -> dict[int, tuple[int, ...]]:
-        """Layer -> ascending neuron indices, for the layers that have any, in ascending order."""
-        layers: dict[int, list[int]] = {}
-        for neuron in self.neurons:
-            layers.setdefault(neuron.layer, []).append(neuron.index)
-        return {layer: tuple(indices) for layer, indices in layers.items()}
+        """Layer -> ascending neuron indices, for the layers that have any, in ascending order.
+
+        Raises:
+            CircuitError: the circuit has neurons of routed experts, so that an index is not enough;
+                see `by_mlp`.
+        """
+        if self.is_routed:
+            raise CircuitError("has neurons of routed experts, which are not of a layer alone")
+        return {layer: indices for (layer, _), indices in self.by_mlp().items()}
 
     def summary(self) -> str:
         """A few lines for people: model, size, where the neurons lie, origin, digest, notes."""
-        size, total = len(self), self.num_layers * self.intermediate_size
+        size, total, layers = len(self), self.shape.size, {n.layer for n in self.neurons}
         last_quarter = self.num_layers - -(-self.num_layers // 4)
         late = sum(n.layer >= last_quarter for n in self.neurons)
+        routed = [n.place[:2] for n in self.neurons if n.expert is not None]
+        experts = (
+            f"experts {len(routed)} of them in {len(set(routed))} of {sum(self.shape.experts)} "
+            "routed experts"
+        )
         return self._summary(
             [
-                f"model   {self._described(self.model, *self._shape)}",
-                f"neurons {size} of {total} ({size / total:.3%}) in {len(self.by_layer())} layers, "
+                f"model   {self.model} ({self.architecture}, {self.shape})",
+                f"neurons {size} of {total} ({size / total:.3%}) in {len(layers)} layers, "
                 f"{late / size:.0%} in the last quarter",
+                *([experts] if routed else []),
                 f"sign    {sum(n.delta > 0 for n in self.neurons)} positive, "
                 f"{sum(n.delta < 0 for n in self.neurons)} negative",
             ],
@@ -149,8 +180,7 @@ class Circuit(Content):
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that `save` writes."""
-        neurons = [{"layer": n.layer, "index": n.index, "delta": n.delta} for n in self.neurons]
-        return {**self._fields(), "neurons": neurons}
+        return {**self._fields(), "neurons": [neuron.to_dict() for neuron in self.neurons]}
 
     def to_bytes(self) -> bytes:
         """The content of the file that `save` writes: `to_dict` as JSON."""
@@ -164,12 +194,14 @@ class Circuit(Content):
         model: str | None = None,
         architecture: str | None = None,
         num_layers: int | None = None,
-        intermediate_size: int | None = None,
+        intermediate_size: int | Sequence[int] | None = None,
+        experts: Mapping[str, Any] | None = None,
     ) -> Circuit:
         """Builds a circuit from decoded JSON: our format, the reference's, or `{layer: [indices]}`.
 
-        The keyword arguments name the model. The two foreign formats need all four; for our own
-        format those given are checked against the file, except `model`, which is only a name.
+        The keyword arguments name the model; without `experts` it has no routed ones. The two
+        foreign formats need all others; for our own format those given are checked against the
+        file, except `model`, which is only a name.
 
         Raises:
             CircuitError: the data is not a valid circuit, or not one of the model named.
@@ -191,18 +223,30 @@ class Circuit(Content):
                     f"does not say which model it is of; pass {', '.join(missing)}, "
                     "or convert it once: cna-vllm inspect FILE --model MODEL --save OUT.json"
                 )
-            return cls(**given, neurons=tuple(neurons), notes=tuple(notes))  # type: ignore[arg-type]
+            return cls(**given, experts=experts, neurons=neurons, notes=notes)  # type: ignore[arg-type]
         if "neurons" in data:
             data = {**data, "neurons": circuit_file.own(data["neurons"])}
         circuit = cls._of_fields(data)
-        for name, value in given.items():
-            if name != "model" and value is not None and value != getattr(circuit, name):
-                raise CircuitError(
-                    f"{name!r} is {getattr(circuit, name)!r} in the circuit of {circuit.model!r} "
-                    f"but {value!r} in the model {model or 'it shall steer'!r}; discover it in "
-                    "that model"
-                )
+        differs: list[tuple[str, Any, Any]] = [
+            (f"{name!r}", getattr(circuit, name), value)
+            for name, value in (("architecture", architecture), ("num_layers", num_layers))
+            if value not in (None, getattr(circuit, name))
+        ]
+        if not differs and intermediate_size is not None:
+            theirs = _shape(circuit.num_layers, intermediate_size, experts)
+            differs += circuit.shape.differences(theirs, circuit.is_routed)
+        for name, mine, other in differs:
+            raise CircuitError(
+                f"{name} is {mine!r} in the circuit of {circuit.model!r} but {other!r} in the "
+                f"model {model or 'it shall steer'!r}; discover it in that model"
+            )
         return circuit
+
+    def check_model(self, model: str, architecture: str, shape: Shape) -> None:
+        """Raises CircuitError, naming both models, unless architecture and dimensions agree; of
+        routed experts only where the circuit has neurons of them."""
+        theirs = shape if self.is_routed else shape.dense()
+        self._check_fit(self.shape, model, architecture, theirs)
 
     @classmethod
     def load(
@@ -223,48 +267,15 @@ class Circuit(Content):
 def shared_neurons(circuits: Iterable[Circuit]) -> int:
     """How many neurons are in more than one of these circuits of one model: where they steer the
     same request, such a neuron gets the product of their multipliers."""
-    seen = Counter((n.layer, n.index) for circuit in circuits for n in circuit.neurons)
+    seen = Counter(n.place for circuit in circuits for n in circuit.neurons)
     return sum(count > 1 for count in seen.values())
 
 
-def _checked_neurons(
-    neurons: Iterable[Neuron], num_layers: int, intermediate_size: int
-) -> tuple[Neuron, ...]:
-    checked = []
-    for position, neuron in enumerate(neurons):
-        where = f"'neurons'[{position}]"
-        if not isinstance(neuron, Neuron):
-            raise CircuitError(f"{where} must be a Neuron, not {show(neuron)}")
-        for name, value, limit in (
-            ("layer", neuron.layer, num_layers),
-            ("index", neuron.index, intermediate_size),
-        ):
-            if not in_range(value, 0, limit - 1):
-                raise CircuitError(
-                    f"{where}: {name!r} must be an integer from 0 to {limit - 1}, not {show(value)}"
-                )
-        checked.append(Neuron(neuron.layer, neuron.index, checked_delta(where, neuron.delta)))
-    if not checked:
-        raise CircuitError("'neurons' is empty; a circuit has at least one")
-    checked.sort()
-    for left, right in pairwise(checked):
-        if left.layer == right.layer and left.index == right.index:
-            raise CircuitError(
-                f"'neurons' names layer {left.layer}, index {left.index} twice; remove one"
-            )
-    return tuple(checked)
-
-
-def checked_delta(where: str, value: object) -> float:
-    """Raises CircuitError, naming `where`, unless `value` is a finite number."""
+def _shape(num_layers: int, intermediate_size: Any, experts: Any) -> Shape:
     try:
-        if isinstance(value, float) or is_int(value):
-            delta = float(value)
-            if math.isfinite(delta):
-                return delta + 0.0  # -0.0 and 0.0 are equal, so they must not differ in the digest
-    except OverflowError:
-        pass
-    raise CircuitError(f"{where}: 'delta' must be a finite number, not {show(value)}")
+        return Shape.of(num_layers, intermediate_size, experts)
+    except ValueError as error:
+        raise CircuitError(str(error)) from None
 
 
 def _brief(text: str, limit: int = 100) -> str:

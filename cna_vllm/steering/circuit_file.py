@@ -4,12 +4,15 @@ in a `CircuitError`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from cna_vllm.steering.circuit import Circuit, CircuitError, Neuron, checked_delta
+from cna_vllm.steering.circuit import Circuit
 from cna_vllm.steering.content import show
+from cna_vllm.steering.neurons import CircuitError, Neuron, checked_delta
 
+SHARED = "shared"
+_FIELDS = frozenset(("layer", "expert", "index", "delta"))
 _MAX_INT_DIGITS = 9  # of a layer or an index in a key: above every limit, and cheap to parse
 
 
@@ -17,7 +20,7 @@ def foreign(data: dict[str, Any]) -> tuple[list[Neuron], list[str]]:
     """Neurons and notes of a layout that does not name its model."""
     if "neurons" in data:
         return _reference(data["neurons"])
-    if data and all(isinstance(key, str) and _is_number(key) for key in data):
+    if data and _all_numbers(data):
         note = "read from a plain {layer: [indices]} file: no activation differences, deltas are 0"
         return list(_plain(data)), [note]
     raise CircuitError(
@@ -31,12 +34,13 @@ def own(entries: Any) -> Iterator[Neuron]:
     if not isinstance(entries, list):
         raise CircuitError(f"'neurons' must be a list of objects, not {show(entries)}")
     for position, entry in enumerate(entries):
-        if not isinstance(entry, dict) or set(entry) != {"layer", "index", "delta"}:
+        if not isinstance(entry, dict) or {*entry, "expert"} != _FIELDS:
             raise CircuitError(
-                f"'neurons'[{position}] must be an object with 'layer', 'index' and 'delta', "
-                f"not {show(entry)}"
+                f"'neurons'[{position}] must be an object with 'layer', 'index', 'delta' and, of a "
+                f"routed expert, 'expert', not {show(entry)}"
             )
-        yield Neuron(**entry)
+        # The shared expert is the layer's one MLP beside the routed ones.
+        yield Neuron(**({**entry, "expert": None} if entry.get("expert") == SHARED else entry))
 
 
 def _reference(entries: Any) -> tuple[list[Neuron], list[str]]:
@@ -73,10 +77,22 @@ def _reference(entries: Any) -> tuple[list[Neuron], list[str]]:
 
 
 def _plain(layers: dict[str, Any]) -> Iterator[Neuron]:
-    for key, indices in layers.items():
-        if not isinstance(indices, list):
-            raise CircuitError(f"layer {key}: expected a list of indices, not {show(indices)}")
-        yield from (Neuron(int(key), index) for index in indices)
+    """`{layer: [indices]}`; the indices of a layer may be `{expert or "shared": [indices]}`."""
+    for key, of_layer in layers.items():
+        experts = of_layer if isinstance(of_layer, dict) else {SHARED: of_layer}
+        if not _all_numbers(experts.keys() - {SHARED}):
+            raise CircuitError(
+                f"layer {key}: experts must be numbers or {SHARED!r}, not {show(list(experts))}"
+            )
+        for expert, indices in experts.items():
+            if not isinstance(indices, list):
+                raise CircuitError(f"layer {key}: expected a list of indices, not {show(indices)}")
+            number = None if expert == SHARED else int(expert)
+            yield from (Neuron(int(key), index, expert=number) for index in indices)
+
+
+def _all_numbers(keys: Iterable[Any]) -> bool:
+    return all(isinstance(key, str) and _is_number(key) for key in keys)
 
 
 def _is_number(text: str) -> bool:

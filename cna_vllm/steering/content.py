@@ -15,7 +15,6 @@ from cna_vllm.files import FileError, read_bounded, write_atomic
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_LAYERS = 2**16
-VERSION = 1
 
 ORIGIN = ("dtype", "method", "prompts", "tools", "created", "notes")
 """The fields that may be left out, and that no digest counts."""
@@ -25,17 +24,16 @@ class Content(ABC):
     """A circuit or a set of vectors: frozen, and checked when it is made.
 
     Attributes:
-        FORMAT: of its files, beside a version.
-        WIDTH, MAX_WIDTH: the field with the model's width that counts for it, and its limit.
-        REQUIRED: what its files must say, in their order.
+        FORMAT, VERSIONS: of its files.
+        REQUIRED, OPTIONAL: what its files must say, in their order, and may say.
         MISFIT: the message for another model, of two descriptions.
         Error: what is raised for anything that cannot be used.
     """
 
     FORMAT: ClassVar[str]
-    WIDTH: ClassVar[str]
-    MAX_WIDTH: ClassVar[int]
+    VERSIONS: ClassVar[tuple[int, ...]] = (1,)
     REQUIRED: ClassVar[tuple[str, ...]]
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
     MISFIT: ClassVar[str]
     Error: ClassVar[type[ValueError]]
 
@@ -66,11 +64,7 @@ class Content(ABC):
             raise self.Error(
                 f"'created' must be an ISO 8601 time, not {show(self.created)}"
             ) from None
-        for name, limit in (("num_layers", MAX_LAYERS), (self.WIDTH, self.MAX_WIDTH)):
-            if not in_range(value := getattr(self, name), 1, limit):
-                raise self.Error(
-                    f"{name!r} must be an integer from 1 to {limit}, not {show(value)}"
-                )
+        self._check_count("num_layers", MAX_LAYERS)
         for name in ("method", "prompts", "tools"):
             object.__setattr__(self, name, self._plain_json(name, getattr(self, name)))
         if not isinstance(self.notes, list | tuple):
@@ -88,12 +82,10 @@ class Content(ABC):
     def to_bytes(self) -> bytes:
         """The content of the file that `save` writes."""
 
-    def check_model(self, model: str, architecture: str, num_layers: int, width: int) -> None:
-        """Raises `Error`, naming both models, unless architecture and dimensions agree."""
-        theirs = (architecture, num_layers, width)
-        if self._shape != theirs:
-            mine = self._described(repr(self.model), *self._shape)
-            raise self.Error(self.MISFIT.format(mine, self._described(repr(model), *theirs)))
+    @property
+    def version(self) -> int:
+        """Of the file that `save` writes: the oldest that can say it."""
+        return 1
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file atomically: readers see the old file or the whole new one.
@@ -103,9 +95,16 @@ class Content(ABC):
         """
         write_atomic(path, [self.to_bytes()])
 
-    @property
-    def _shape(self) -> tuple[str, int, int]:
-        return self.architecture, self.num_layers, getattr(self, self.WIDTH)
+    def _check_fit(self, mine: object, model: str, architecture: str, theirs: object) -> None:
+        """Raises `Error`, naming both models, unless architectures and dimensions are equal; what
+        `str` makes of dimensions is shown."""
+        if (self.architecture, mine) != (architecture, theirs):
+            ours = f"{self.model!r} ({self.architecture}, {mine})"
+            raise self.Error(self.MISFIT.format(ours, f"{model!r} ({architecture}, {theirs})"))
+
+    def _check_count(self, name: str, limit: int) -> None:
+        if not in_range(value := getattr(self, name), 1, limit):
+            raise self.Error(f"{name!r} must be an integer from 1 to {limit}, not {show(value)}")
 
     @classmethod
     def _load(
@@ -119,26 +118,32 @@ class Content(ABC):
     def _fields(self) -> dict[str, Any]:
         """What its file says, but for the content itself."""
         head = [name for name in self.REQUIRED if name != "neurons"]
-        fields = {name: getattr(self, name) for name in (*head, *ORIGIN)}
+        fields = {name: getattr(self, name) for name in (*head, *self.OPTIONAL, *ORIGIN)}
+        fields = {name: value for name, value in fields.items() if value is not None}
         fields["notes"] = list(self.notes)
-        return {"format": self.FORMAT, "version": VERSION, **fields, "digest": self.digest}
+        return {"format": self.FORMAT, "version": self.version, **fields, "digest": self.digest}
 
     @classmethod
     def _of_fields(cls, data: Mapping[str, Any], **content: Any) -> Self:
         """Of what `_fields` said, and content that is stored elsewhere."""
         if data.get("format") != cls.FORMAT:
             raise cls.Error(f"'format' must be {cls.FORMAT!r}, not {show(data.get('format'))}")
-        if not is_int(version := data.get("version")) or version != VERSION:
+        if not is_int(version := data.get("version")) or version not in cls.VERSIONS:
             raise cls.Error(
-                f"'version' must be {VERSION}, not {show(version)}; a newer file needs a newer "
-                "cna-vllm"
+                f"'version' must be {' or '.join(map(str, cls.VERSIONS))}, not {show(version)}; a "
+                "newer file needs a newer cna-vllm"
             )
-        stored = (*cls.REQUIRED, *ORIGIN)
+        stored = (*cls.REQUIRED, *cls.OPTIONAL, *ORIGIN)
         if unknown := sorted(data.keys() - {"format", "version", "digest", *stored}):
             raise cls.Error(f"unknown field {show(unknown[0])}; remove it")
         if missing := [name for name in cls.REQUIRED if name not in data]:
             raise cls.Error(f"the field {missing[0]!r} is missing")
         made = cls(**{name: data[name] for name in stored if name in data}, **content)
+        if version < made.version:
+            raise cls.Error(
+                f"'version' is {version}, but only {made.version} has layers of several widths "
+                "and routed experts; write that"
+            )
         if (claimed := data.get("digest", made.digest)) != made.digest:
             raise cls.Error(
                 f"'digest' is {show(claimed)} but the content has {made.digest!r}; the file was "
@@ -151,11 +156,6 @@ class Content(ABC):
         if self.created or self.dtype:
             lines.append(f"found   {self.created or 'at an unknown time'} in {self.dtype or '?'}")
         return "\n".join([*lines, *origin, *(f"note    {note}" for note in self.notes)])
-
-    @classmethod
-    def _described(cls, model: str, architecture: str, num_layers: int, width: int) -> str:
-        of_width = cls.WIDTH.replace("_", " ")
-        return f"{model} ({architecture}, {num_layers} layers, {of_width} {width})"
 
     def _check_text(self, name: str, value: object) -> None:
         # Printable, so that messages and tables that quote it stay on one line.

@@ -18,9 +18,12 @@ class Packed(NamedTuple):
         layers: int32 of the machine: the layer of each neuron, or of each vector.
         values: of a circuit int32, the index of each neuron; of vectors float32
             [vectors, hidden_size].
+        experts: of a circuit int32, the routed expert that each neuron is of, -1 for those of
+            dense and shared MLPs; empty where all are.
     """
 
     kind: KindName
     digest: str
     layers: bytes
     values: bytes
+    experts: bytes = b""

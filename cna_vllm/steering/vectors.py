@@ -24,6 +24,7 @@ Form = Literal["mlp", "residual"]
 FORMS: tuple[Form, ...] = ("mlp", "residual")
 
 _METADATA = "cna_vectors"
+_MAX_HIDDEN_SIZE = 2**20
 
 RESIDUAL_ARCHITECTURES = frozenset(
     {
@@ -62,8 +63,6 @@ class VectorSet(Content):
     """
 
     FORMAT = "cna-vectors"
-    WIDTH = "hidden_size"
-    MAX_WIDTH = 2**20
     REQUIRED = ("form", "model", "architecture", "num_layers", "hidden_size")
     MISFIT = "vectors of {} do not fit {}; discover them in the model they shall steer"
     Error = VectorError
@@ -85,6 +84,7 @@ class VectorSet(Content):
         if self.form not in FORMS:
             raise VectorError(f"'form' must be one of {', '.join(FORMS)}, not {show(self.form)}")
         super().__post_init__()
+        self._check_count("hidden_size", _MAX_HIDDEN_SIZE)
         object.__setattr__(self, "vectors", self._checked_vectors())
 
     @cached_property
@@ -113,7 +113,8 @@ class VectorSet(Content):
         counts = ", ".join(f"{n} {name}" for name, n in self.prompts.items() if is_int(n))
         return self._summary(
             [
-                f"model   {self._described(repr(self.model), *self._shape)}",
+                f"model   {self.model!r} ({self.architecture}, "
+                f"{_dimensions(self.num_layers, self.hidden_size)})",
                 f"form    {self.form}",
                 f"layers  {layers}",
                 f"norms   {norms[0]:.3g} to {norms[-1]:.3g}",
@@ -121,10 +122,11 @@ class VectorSet(Content):
             [f"prompts {counts}"] if counts else [],
         )
 
-    def check_model(self, model: str, architecture: str, num_layers: int, width: int) -> None:
+    def check_model(self, model: str, architecture: str, num_layers: int, hidden_size: int) -> None:
         """Raises VectorError, naming both models, unless the vectors fit; for the form
         ``residual`` also where the architecture does not pass MLP outputs on as they are."""
-        super().check_model(model, architecture, num_layers, width)
+        mine = _dimensions(self.num_layers, self.hidden_size)
+        self._check_fit(mine, model, architecture, _dimensions(num_layers, hidden_size))
         if self.form == "residual":
             check_residual(architecture)
 
@@ -196,6 +198,10 @@ class VectorSet(Content):
                 f"the form 'residual' has a vector for one layer, not for {len(checked)}"
             )
         return checked
+
+
+def _dimensions(num_layers: int, hidden_size: int) -> str:
+    return f"{num_layers} layers, hidden size {hidden_size}"
 
 
 def check_residual(architecture: str) -> None:

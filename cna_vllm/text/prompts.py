@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,11 @@ from cna_vllm.files import FileError, read_bounded
 
 MAX_FILE_BYTES = 256 * 2**20
 DEFAULT_COLUMN = "prompt"
+_MEDIA = re.compile(r"(^|_)(image|video|audio|file)s?(_|$)|multi_modal")
+_TEXT_ONLY = (
+    "images, audio and video are taken by the server only (`cna-vllm serve`, a chat request's "
+    "'image_url'); give text"
+)
 
 
 class PromptError(ValueError):
@@ -56,6 +62,7 @@ class Prompt:
                     raise PromptError("each of 'messages' must be an object with a 'role'")
                 if "content" not in message:
                     raise PromptError("each of 'messages' must have a 'content'")
+                _refuse_media(message)
             object.__setattr__(self, "messages", tuple(self.messages))
 
     @classmethod
@@ -72,6 +79,8 @@ class Prompt:
             return cls(text=value)
         if isinstance(value, Mapping) and len(value) == 1 and (key := next(iter(value))) in _FORMS:
             return cls(**{_FORMS[key]: value[key]})
+        if isinstance(value, Mapping) and (key := _media_key(value)):
+            raise PromptError(f"{key!r}: {_TEXT_ONLY}")
         if isinstance(value, list | tuple) and value:
             return cls(token_ids=value) if _is_id(value[0]) else cls(messages=value)
         raise PromptError(
@@ -273,6 +282,23 @@ def at_line(name: str, number: int) -> Iterator[None]:
         yield
     except PromptError as error:
         raise PromptError(f"{name}:{number}: {error}") from error
+
+
+def _refuse_media(message: Mapping[str, Any]) -> None:
+    """A chat template would write only the mark of an image that the model never gets to see."""
+    content = message["content"]
+    parts = content if isinstance(content, list | tuple) else ()
+    for part in (message, *(part for part in parts if isinstance(part, Mapping))):
+        if named := _media(part.get("type")) or _media_key(part):
+            raise PromptError(f"a message has {named!r}: {_TEXT_ONLY}")
+
+
+def _media_key(part: Mapping[Any, Any]) -> str:
+    return next(filter(None, map(_media, part)), "")
+
+
+def _media(name: object) -> str:
+    return name if isinstance(name, str) and _MEDIA.search(name) else ""
 
 
 def _is_id(value: object) -> bool:

@@ -12,6 +12,7 @@ from cna_kernels.reference import (
     pack_mask,
     scale_reference,
 )
+from cna_kernels.scale_experts import scale_experts, scale_experts_reference
 from cna_kernels.scale_rows import scale_rows, scale_rows_reference
 from cna_kernels.steer_gate_up import CARRYING_DTYPES, steer_gate_up, steer_gate_up_reference
 
@@ -30,6 +31,8 @@ __all__ = [
     "pack_mask",
     "record_rows",
     "record_rows_reference",
+    "scale_experts",
+    "scale_experts_reference",
     "scale_reference",
     "scale_rows",
     "scale_rows_reference",

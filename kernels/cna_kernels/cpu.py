@@ -59,7 +59,7 @@ def _steer(
     """out[t, j] = f * out[t, j]; out is contiguous."""
     operands = row_slot, slot_circuits, slot_multipliers, masks
     if (kept := _LAST.get(out.shape, *operands)) is not None:
-        _scale(out, *kept)
+        scale_entries(out, *kept)
         return
     size = out.shape[1]
     slots = row_slot.numpy()[: len(out)]
@@ -72,7 +72,7 @@ def _steer(
         multipliers = slot_multipliers.numpy().take(chosen, 0)
         owner, channel, factor = _entries(circuits, multipliers, masks.numpy(), size)
         at = rows.take(owner) * size + channel
-        _scale(out, at, factor)
+        scale_entries(out, at, factor)
         if steered.size <= step:
             _LAST.keep((at, factor), out.shape, *operands)
 
@@ -108,7 +108,7 @@ def _entries(
     return owner, channel, factor
 
 
-def _scale(out: Tensor, at: Ints, factor: Floats) -> None:
+def scale_entries(out: Tensor, at: Ints, factor: Floats) -> None:
     """out.flatten()[at] = round(factor * out.flatten()[at]), +0 where the factor is 0.
 
     The product is taken in float32. Gathered and scattered as integers in numpy: torch's take

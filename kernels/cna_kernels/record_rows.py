@@ -57,7 +57,7 @@ def record_rows(rows: Tensor, row_stage: Tensor, stage: Tensor) -> None:
     """stage[row_stage[t]] = rows[t] for every row t with row_stage[t] >= 0.
 
     Args:
-        rows: [T, I], contiguous.
+        rows: [T, I] of any dtype, contiguous.
         row_stage: [>= T] int32, the staging slot of each row, -1 = not recorded; slots of one call
             are distinct. Rows past T are never read.
         stage: [S, I], dtype and device of rows, contiguous; written in place.

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny_models
+from tests.architectures import ARCHITECTURES
 from tests.engine_job import V1_HERE, V2, EngineFailed, run_engine
 from tests.integration.conftest import PLAIN, Subject
 from tests.oracles import assert_token_exact
@@ -132,10 +133,21 @@ def test_start_refuses_a_layer_that_goes_around_its_hook(tiny: Subject, runner) 
 
 
 def test_unsupported_models_are_refused(tmp_path: Path) -> None:
-    """Routed experts, and layers without an MLP: refused by name when circuits are configured."""
-    for model, reason in (
-        (tiny_models.mixtral(tmp_path / "moe"), "mixture of routed experts"),
-        (tiny_models.mamba(tmp_path / "mamba"), "found no MLP"),
+    """Routed experts that are left as they are, or that vectors would leave out, and models without
+    an MLP: refused by name when circuits are configured."""
+    for model, cna, reason in (
+        (
+            tiny_models.mixtral(tmp_path / "moe"),
+            {"max_expert_neurons": 0},
+            "all of routed experts, which cna.max_expert_neurons = 0 leaves as they are",
+        ),
+        (tmp_path / "moe", {"max_vectors": 1}, "layer 0 (model.layers.0) has no dense MLP"),
+        (
+            ARCHITECTURES["qwen2_moe"].save(tmp_path / "shared"),
+            {"max_vectors": 1},
+            "layer 0 has routed experts",
+        ),
+        (tiny_models.mamba(tmp_path / "mamba"), {}, "has no MLP in any layer"),
     ):
         engine = {
             "model": str(model),
@@ -143,7 +155,7 @@ def test_unsupported_models_are_refused(tmp_path: Path) -> None:
             "dtype": "float32",
             "enforce_eager": True,
             "max_model_len": 128,
-            "additional_config": {"cna": {}},
+            "additional_config": {"cna": cna},
         }
         with pytest.raises(EngineFailed) as failure:
             run_engine(engine, [{"op": "status"}])

@@ -69,12 +69,18 @@ def test_engines_get_what_is_configured_before_their_first_request() -> None:
 
 def test_scheduler_seam() -> None:
     """Block keys are made from module-level helpers, one of which sees the token range."""
+    from vllm.multimodal.inputs import PlaceholderRange
     from vllm.v1.core import kv_cache_utils
+    from vllm.v1.request import Request
 
     helper = kv_cache_utils._gen_prompt_embeds_extra_hash_keys
     assert parameters(helper) == ["request", "start_token_idx", "end_token_idx"]
     source = inspect.getsource(kv_cache_utils.generate_block_hash_extra_keys)
     assert "_gen_prompt_embeds_extra_hash_keys(" in source
+    # Images of the prompt are known before the first key is made.
+    assert {"offset", "length"} <= {field.name for field in fields(PlaceholderRange)}
+    made = inspect.getsource(Request.__init__)
+    assert 0 < made.index("self.mm_features = ") < made.index("self.update_block_hashes()")
     # Published events take the second element of every tagged key.
     assert "key[1]" in inspect.getsource(kv_cache_utils.to_event_extra_keys)
 
@@ -769,3 +775,27 @@ def test_a_core_reads_the_steering_of_a_request_once(monkeypatch: pytest.MonkeyP
     assert steering_of(NewRequestData.from_request(plain, ())) is None
     assert content.begin_load([plain, steered]) == ["a" * 64]
     assert len(seen) == 1
+
+
+def test_lists_of_the_same_layers_are_one() -> None:
+    """Gemma 4 holds its decoder layers twice; two lists of different ones are not told apart."""
+    from torch import nn
+
+    from cna_vllm.serving.front.registry import ServedModel
+    from cna_vllm.serving.seams.model import decoder_layers
+    from cna_vllm.serving.worker.gated_mlp import UnsupportedModelError
+    from cna_vllm.steering.shape import Shape
+
+    served = ServedModel("m", "A", Shape.of(3, 8), 4)
+    model, inner = nn.Module(), nn.Module()
+    layers = [nn.Linear(1, 1) for _ in range(3)]
+    inner.add_module("self_decoder", nn.Module())
+    inner.self_decoder.add_module("decoder_layers", nn.ModuleList(layers))
+    inner.add_module("layers", nn.ModuleList(layers))
+    inner.add_module("few", nn.ModuleList(layers[:2]))
+    model.add_module("model", inner)
+    found = decoder_layers(model, served)
+    assert found == {i: (f"model.layers.{i}", layer) for i, layer in enumerate(layers)}
+    inner.add_module("others", nn.ModuleList(nn.Linear(1, 1) for _ in range(3)))
+    with pytest.raises(UnsupportedModelError, match=r"expected one list of 3.*model\.others"):
+        decoder_layers(model, served)

@@ -70,6 +70,13 @@ def test_no_rows_no_flags_all_rows(dtype: torch.dtype) -> None:
     assert_reference(make_rows(1, 9, dtype), slots([0]), 1)
 
 
+def test_ids_of_experts() -> None:
+    ids = torch.tensor([[3, 1], [0, 2], [2, 3]], dtype=torch.int32)
+    stage = torch.full((2, 2), -1, dtype=torch.int32)
+    record_rows(ids, torch.tensor([-1, 1, -1], dtype=torch.int32), stage)
+    assert stage.tolist() == [[-1, -1], [0, 2]]
+
+
 class Recording(torch.nn.Module):
     """The use in a model: a buffer that a traced forward pass writes as a side effect."""
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cna_vllm import Circuit, CircuitError, Neuron
+from cna_vllm.steering.shape import Shape
 
 MODEL = {
     "model": "org/tiny",
@@ -122,7 +123,7 @@ def test_a_wrong_digest_in_the_file_is_refused_with_both() -> None:
     ("changes", "named"),
     [
         ({"format": "other"}, "'format'"),
-        ({"version": 2}, "'version'"),
+        ({"version": 3}, "'version'"),
         ({"version": True}, "'version'"),
         ({"extra": 1}, "'extra'"),
         ({"model": ""}, "'model'"),
@@ -248,9 +249,9 @@ def test_foreign_formats_need_the_model_named(data: dict[str, Any], missing: str
 
 
 def test_model_must_fit() -> None:
-    circuit().check_model("a/copy", "LlamaForCausalLM", 4, 16)
+    circuit().check_model("a/copy", "LlamaForCausalLM", Shape.of(4, 16))
     with pytest.raises(CircuitError) as refused:
-        circuit().check_model("org/other", "LlamaForCausalLM", 5, 16)
+        circuit().check_model("org/other", "LlamaForCausalLM", Shape.of(5, 16))
     assert "'org/tiny'" in str(refused.value) and "'org/other'" in str(refused.value)
     Circuit.from_dict(document(), **{**MODEL, "model": "a/copy"})
     for name, value in (("architecture", "X"), ("num_layers", 5), ("intermediate_size", 8)):

@@ -109,14 +109,14 @@ def test_an_unknown_sign_is_refused() -> None:
     ],
 )
 def test_circuit_size(layers: int, width: int, fraction: float, k: int) -> None:
-    assert circuit_size(layers, width, fraction) == k
-    assert type(circuit_size(layers, width, fraction)) is int
+    assert circuit_size(layers * width, fraction) == k
+    assert type(circuit_size(layers * width, fraction)) is int
 
 
 @given(st.integers(1, 128), st.integers(1, 40_000))
 @settings(deadline=None)
 def test_circuit_size_of_the_paper(layers: int, width: int) -> None:
-    assert circuit_size(layers, width, 0.001) == max(1, layers * width // 1000)
+    assert circuit_size(layers * width, 0.001) == max(1, layers * width // 1000)
 
 
 @given(st.integers(1, 50), st.integers(1, 200), st.integers(1, 1000))
@@ -128,4 +128,4 @@ def test_circuit_size_is_the_floor_of_the_fraction_as_written(
 ) -> None:
     """0.29 of 100 neurons are 29, though 0.29 * 100 is 28.999... in float64."""
     exact = thousandths * layers * 100 * hundreds // 1000
-    assert circuit_size(layers, 100 * hundreds, thousandths / 1000) == max(1, exact)
+    assert circuit_size(layers * 100 * hundreds, thousandths / 1000) == max(1, exact)

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from cna_vllm.discovery.options import Method
-from cna_vllm.discovery.prefill import Dimensions, DiscoveryError
+from cna_vllm.discovery.prefill import DiscoveryError
 from cna_vllm.discovery.universal import UniversalRule
+from cna_vllm.steering.layout import Layout
+from cna_vllm.steering.shape import Shape
 from cna_vllm.text.prompts import Prompt
 
-SIZE = Dimensions(10, 1000)
+SIZE = Layout(Shape.of(10, 1000))
 DEFAULTS: dict[str, Any] = {
     "preset": "paper",
     "fraction": None,
@@ -86,4 +88,4 @@ def test_refusals(changes: dict[str, Any], says: str) -> None:
 
 def test_a_model_without_a_third_layer_has_no_reference_circuit() -> None:
     with pytest.raises(DiscoveryError, match="no layer is left"):
-        Method(Dimensions(2, 8), **{**DEFAULTS, "preset": "reference"})
+        Method(Layout(Shape.of(2, 8)), **{**DEFAULTS, "preset": "reference"})

@@ -12,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cna_vllm.discovery.prefill import Dimensions, DiscoveryError, assemble, check_sets
+from cna_vllm.discovery.prefill import DiscoveryError, check_sets
+from cna_vllm.discovery.shares import assemble
+from cna_vllm.steering.layout import Layout
+from cna_vllm.steering.shape import Shape
 
 LAYERS, WIDTH = 5, 8
-SIZE = Dimensions(LAYERS, WIDTH)
+SIZE = Layout(Shape.of(LAYERS, WIDTH))
 STAGES, OFFSETS = ([0, 1, 2], [3, 4]), (0, 4)
 COUNTS = {"positive": 3, "negative": 2}
 
@@ -42,10 +45,12 @@ def share(
         group: {
             "count": COUNTS[group],
             "sum": total[layers, offset : offset + width].tobytes(),
+            "reached": np.full(len(layers), COUNTS[group]).tobytes(),
         }
         for group, total in sums.items()
     }
-    return {"layers": layers, "offset": offset, "width": width, "groups": groups}
+    parts = np.array([(layer, -1, offset, width) for layer in layers], dtype=np.int32)
+    return {"parts": parts.tobytes(), "groups": groups}
 
 
 def shares(sums: dict[str, NDArray[np.float64]]) -> list[dict[str, Any]]:
@@ -61,21 +66,22 @@ def test_two_ranks_by_two_stages_in_any_order(order: list[int], seed: int) -> No
     recorded = assemble([reports[i] for i in order], COUNTS, SIZE)
     assert set(recorded) == set(COUNTS)
     for group, count in COUNTS.items():
-        assert recorded[group].dtype == np.float64
-        assert np.array_equal(recorded[group], sums[group] / count)
+        assert recorded[group].mean.dtype == np.float64
+        assert np.array_equal(recorded[group].mean, (sums[group] / count).reshape(-1))
+        assert recorded[group].routed.tolist() == [count] * LAYERS
 
 
 def test_one_rank_and_a_group_that_nobody_asked_for() -> None:
     sums = whole()
     recorded = assemble([share(sums, list(range(LAYERS)), 0, WIDTH)], {"positive": 3}, SIZE)
     assert set(recorded) == {"positive"}
-    assert np.array_equal(recorded["positive"], sums["positive"] / 3)
+    assert np.array_equal(recorded["positive"].mean, (sums["positive"] / 3).reshape(-1))
 
 
 def test_a_stage_without_layers_has_nothing_to_add() -> None:
     sums = whole()
     recorded = assemble([*shares(sums), share(sums, [], 0, 1)], COUNTS, SIZE)
-    assert np.array_equal(recorded["negative"], sums["negative"] / 2)
+    assert np.array_equal(recorded["negative"].mean, (sums["negative"] / 2).reshape(-1))
 
 
 @pytest.mark.parametrize("missing", range(4))

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cna_vllm.discovery.contrast import select_neurons
-from cna_vllm.discovery.prefill import Dimensions
 from cna_vllm.discovery.sets import SetRows, mean_difference, split
 from cna_vllm.discovery.stability import (
     bootstrap,
@@ -22,8 +21,10 @@ from cna_vllm.discovery.stability import (
     separation,
 )
 from cna_vllm.steering.circuit import Circuit, CircuitError, Neuron
+from cna_vllm.steering.layout import Layout
+from cna_vllm.steering.shape import Shape
 
-SIZE = Dimensions(3, 6)
+SIZE = Layout(Shape.of(3, 6))
 CIRCUIT = Circuit("m", "A", 3, 6, (Neuron(0, 1, 2.0), Neuron(2, 5, -0.5), Neuron(2, 0, 1.0)))
 SCORES = st.lists(st.integers(-3, 3), min_size=1, max_size=8)
 
@@ -45,20 +46,22 @@ def test_auroc_is_the_share_of_ordered_pairs(above: list[int], below: list[int])
 
 
 def rows_of(positive: np.ndarray, negative: np.ndarray, layers: list[int]) -> SetRows:
-    return SetRows(layers, positive.astype(np.float32), negative.astype(np.float32))
+    """Of [layers, prompts, width]."""
+    sets = (positive.astype(np.float32), negative.astype(np.float32))
+    return SetRows(layers, *(np.concatenate(list(values), axis=1) for values in sets))
 
 
 def test_mean_difference_over_chosen_layers() -> None:
     random = np.random.default_rng(0)
     positive, negative = random.standard_normal((2, 4, 6)), random.standard_normal((2, 3, 6))
     rows = rows_of(positive, negative, [0, 2])
-    delta = mean_difference(rows, SIZE)
-    assert delta.shape == (3, 6) and not delta[1].any()
-    expected = rows.positive.mean(1, dtype=np.float64) - rows.negative.mean(1, dtype=np.float64)
-    assert np.allclose(delta[[0, 2]], expected, rtol=1e-14)
+    delta = mean_difference(rows, SIZE).reshape(3, 6)
+    assert not delta[1].any()
+    expected = rows.positive.mean(0, dtype=np.float64) - rows.negative.mean(0, dtype=np.float64)
+    assert np.allclose(delta[[0, 2]].reshape(-1), expected, rtol=1e-14)
     weighted = mean_difference(rows, SIZE, (np.array([0, 0, 1, 0]), np.array([0.5, 0.5, 0])))
-    chosen = rows.positive[:, 2] - rows.negative[:, :2].mean(1, dtype=np.float64)
-    assert np.allclose(weighted[[0, 2]], chosen)
+    chosen = rows.positive[2] - rows.negative[:2].mean(0, dtype=np.float64)
+    assert np.allclose(weighted.reshape(3, 6)[[0, 2]].reshape(-1), chosen)
 
 
 def test_a_clear_contrast_is_stable_and_noise_is_not() -> None:
@@ -68,16 +71,16 @@ def test_a_clear_contrast_is_stable_and_noise_is_not() -> None:
     clear[0, :, 2] += 5
     clear[2, :, 4] -= 4
     noise = random.standard_normal(shape)
-    select = partial(select_neurons, k=2)
+    select = partial(select_neurons, k=2, layout=SIZE)
     results = []
     for positive in (clear, noise):
         rows = rows_of(positive, random.standard_normal(shape) * 0.01, [0, 1, 2])
         chosen = select(mean_difference(rows, SIZE))
         results.append(bootstrap(rows, SIZE, chosen, select, 50, seed=3))
         assert results[-1] == bootstrap(rows, SIZE, chosen, select, 50, seed=3)
-        assert list(results[-1][1]) == sorted((n.layer, n.index) for n in chosen)
+        assert list(results[-1][1]) == sorted(n.place for n in chosen)
     stable, unstable = results
-    assert stable == (1.0, {(0, 2): 1.0, (2, 4): 1.0})
+    assert stable == (1.0, {(0, -1, 2): 1.0, (2, -1, 4): 1.0})
     assert unstable[0] < 0.9
 
 

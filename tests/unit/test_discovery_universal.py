@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cna_vllm.discovery.contrast import select_neurons
-from cna_vllm.discovery.prefill import Dimensions
 from cna_vllm.discovery.universal import GROUP, UniversalRule, diverse_prompts, membership
 from cna_vllm.serving.worker.sinks import Top
+from cna_vllm.steering.layout import Layout
+from cna_vllm.steering.shape import Shape
 
 LAYERS, WIDTH = 5, 8
-SIZE = Dimensions(LAYERS, WIDTH)
+SIZE = Layout(Shape.of(LAYERS, WIDTH))
 # Whole model, two tensor-parallel ranks, two pipeline stages of two ranks, a stage without layers.
 SHARES: list[list[tuple[list[int], int, int]]] = [
     [(list(range(LAYERS)), 0, WIDTH)],
@@ -34,9 +35,14 @@ def report(
     top = Top(k, len(prompts), len(layers) * width, torch.device("cpu"))
     for i in range(len(prompts)):
         at = (i + shift) % len(prompts)
-        share = prompts[at][layers, offset : offset + width]
-        top.add(f"request-{at}", torch.from_numpy(np.ascontiguousarray(share)))
-    return {"layers": layers, "offset": offset, "width": width, "top": {GROUP: top.report()}}
+        values = prompts[at][layers, offset : offset + width].reshape(-1).copy()
+        top.add(f"request-{at}", torch.from_numpy(values), torch.ones(len(layers)))
+    return {"parts": parts(layers, offset, width), "top": {GROUP: top.report()}}
+
+
+def parts(layers: list[int], offset: int, width: int) -> bytes:
+    rows = [(layer, -1, offset, width) for layer in layers]
+    return np.array(rows, dtype=np.int32).tobytes()
 
 
 def naive(prompts: NDArray[np.float32], k: int) -> NDArray[np.int64]:
@@ -65,7 +71,8 @@ def test_equals_a_count_written_out(
     values = random.integers(-2, 3, shape) if ties else random.standard_normal(shape)
     prompts = values.astype(np.float32)
     reports = [report(prompts, k, *share, shift=i) for i, share in enumerate(shares)]
-    assert np.array_equal(membership(reports, count, k, SIZE), naive(prompts, k))
+    found = membership(reports, count, k, SIZE)
+    assert np.array_equal(found, naive(prompts, k).reshape(-1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -73,10 +80,10 @@ def test_low_precision_is_ranked_as_it_is(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(1, LAYERS, WIDTH, generator=generator).to(dtype)
     top = Top(7, 1, LAYERS * WIDTH, torch.device("cpu"))
-    top.add("a", values[0])
-    whole = {"layers": list(range(LAYERS)), "offset": 0, "width": WIDTH}
-    found = membership([{**whole, "top": {GROUP: top.report()}}], 1, 7, SIZE)
-    assert np.array_equal(found, naive(values.float().numpy(), 7))
+    top.add("a", values[0].reshape(-1), torch.ones(LAYERS))
+    whole = {"parts": parts(list(range(LAYERS)), 0, WIDTH), "top": {GROUP: top.report()}}
+    found = membership([whole], 1, 7, SIZE)
+    assert np.array_equal(found, naive(values.float().numpy(), 7).reshape(-1))
 
 
 def test_a_planted_neuron_is_found_excluded_and_k_are_left() -> None:
@@ -88,7 +95,7 @@ def test_a_planted_neuron_is_found_excluded_and_k_are_left() -> None:
     assert rule.top(SIZE) == 2
     members = membership([report(prompts, 2, *SHARES[0][0], shift=0)], 20, 2, SIZE)
     universal = members >= rule.needed(20)
-    assert np.argwhere(universal).tolist() == [[2, 3]]
+    assert np.flatnonzero(universal).tolist() == [2 * WIDTH + 3]
     delta = random.standard_normal((LAYERS, WIDTH))
     delta[2, 3] = 9.0
     assert (select_neurons(delta, 4)[0].layer, select_neurons(delta, 4)[0].index) == (2, 3)

@@ -49,6 +49,33 @@ def test_anything_else_is_told_with_its_number(value: Any) -> None:
         as_prompts(["hi", value])
 
 
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ([{"role": "user", "content": [{"type": "text", "text": "hi"}, PICTURE]}], "image_url"),
+        ([*CHAT, {"role": "user", "content": [{"image": "a.png"}]}], "image"),
+        ([{"role": "user", "content": "hi", "images": ["a.png"]}], "images"),
+        ([{"role": "user", "content": ({"type": "input_audio", "data": ""},)}], "input_audio"),
+        ({"prompt": "hi", "multi_modal_data": {"image": None}}, "multi_modal_data"),
+        ({"prompt_token_ids": [3], "multi_modal_data": {}}, "multi_modal_data"),
+    ],
+)
+def test_images_are_refused_with_the_place_that_takes_them(value: Any, named: str) -> None:
+    """A template would write an image's mark, and the model would be run without the image."""
+    with pytest.raises(PromptError, match=f"good prompt 2: .*'{named}'.*cna-vllm serve"):
+        prompts_of(["hi", value], "good")
+    with pytest.raises(DiscoveryError, match=f"prompt 2: .*'{named}'"):
+        as_prompts(["hi", value])
+
+
+def test_parts_of_text_are_text() -> None:
+    content = [{"type": "text", "text": "an image of a file"}, {"text": "video"}, "audio"]
+    assert Prompt.of([{"role": "user", "content": content, "profile": "x"}]).messages is not None
+
+
 def test_a_single_string_is_no_list_of_prompts() -> None:
     with pytest.raises(PromptError, match="must be a list of prompts"):
         prompts_of("hello", "positive")

@@ -182,6 +182,35 @@ def test_models_of_the_hub(folder: Path) -> None:
     assert "org/none" in missing.stderr
 
 
+def test_experts_are_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experts = {"count": [0, 4], "intermediate_size": 8}
+    neurons = (Neuron(0, 3, 1.0), Neuron(1, 5, -3.0, 2), Neuron(1, 6, 2.0, 2), Neuron(1, 0, 0.5, 0))
+    routed = Circuit("org/moe", "X", 2, [16, 0], neurons, experts=experts)
+    routed.save("moe.json")
+    Circuit("org/moe", "X", 2, [16, 0], neurons[:1], experts=experts).save("dense.json")
+    assert call("inspect moe.json --plot moe.png") == 0
+    shown = capsys.readouterr().out
+    for part in (
+        "2 layers, intermediate size 16 0, 0 4 experts of 0 8",
+        "3 of them in 2 of 4 routed experts",
+        "neurons by layer/expert, most first: 1/2: 2, 1/0: 1\n",
+        "layer expert  index       delta\n    1      2      5          -3\n",
+        "\n    0      -      3          +1\n",
+    ):
+        assert part in shown
+    assert call("inspect moe.json --with dense.json --json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["strongest"][0] == {"layer": 1, "expert": 2, "index": 5, "delta": -3.0}
+    assert told["neurons_by_expert"][0] == {"layer": 1, "expert": 2, "neurons": 2, "share": 0.5}
+    assert (told["experts"], told["shared"]) == (experts, {"dense.json": 1})
+    assert call("compare moe.json moe.json --plot both.png") == 0
+    assert "1      3      3      3" in capsys.readouterr().out
+    assert call("compare moe.json dense.json --json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["common"] == [{"layer": 0, "index": 3, "delta_a": 1.0, "delta_b": 1.0}]
+    assert told["a"]["neurons_by_expert"] and "neurons_by_expert" not in told["b"]
+
+
 def test_neurons_that_two_circuits_share_are_told(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,6 +222,6 @@ def test_neurons_that_two_circuits_share_are_told(
     assert call("inspect c.json --with c.json --json") == 0
     assert json.loads(capsys.readouterr().out)["shared"] == {"c.json": count}
     assert call("inspect c.json --with deep.json") == 2
-    assert "does not fit" in capsys.readouterr().err
+    assert "cannot be compared" in capsys.readouterr().err
     assert call("compare c.json c.json") == 0
     assert f"together {count} neurons are in both" in capsys.readouterr().out

@@ -13,7 +13,8 @@ from matplotlib.image import imread
 
 from cna_vllm import Circuit, Neuron
 from cna_vllm.reading.compare import compare
-from cna_vllm.reading.plot import MAX_NEURONS, drawable, plot_circuit, plot_comparison
+from cna_vllm.reading.glyphs import drawable
+from cna_vllm.reading.plot import MAX_NEURONS, plot_circuit, plot_comparison
 from cna_vllm.reading.profile import strongest
 from cna_vllm.reading.vocabulary import Item, Reading
 
@@ -46,6 +47,18 @@ def spread(layers: int, count: int, model: str = "org/model", seed: int = 0) -> 
     return Circuit(model, "LlamaForCausalLM", layers, 500, neurons)
 
 
+def routed(layers: int, count: int) -> Circuit:
+    """Neurons of shared and of routed experts, none in the first layer."""
+    rng = random.Random(0)
+    widths, experts = [8] * layers, {"count": 64, "intermediate_size": 8}
+    neurons = {
+        Neuron(rng.randrange(1, layers), rng.randrange(8), rng.gauss(0, 5), expert)
+        for expert in (None, *(int(64 * rng.random() ** 3) for _ in range(count)))
+    }
+    unique = {neuron.place: neuron for neuron in neurons}
+    return Circuit("org/moe", "X", layers, widths, [*unique.values()], experts=experts)
+
+
 CIRCUITS = {
     "many layers": spread(80, 3000),
     "few layers": spread(4, 30),
@@ -54,6 +67,8 @@ CIRCUITS = {
     "no deltas": Circuit("m", "X", 8, 9, tuple(Neuron(7, i) for i in range(9))),
     "huge deltas": Circuit("m", "X", 8, 9, (Neuron(7, 1, 1e30), Neuron(7, 2, -1e-30))),
     "long name": spread(30, 40, "organisation/" + "a-very-long-name-" * 12),
+    "experts": routed(48, 400),
+    "one expert": routed(2, 1),
     "odd name": spread(30, 40, "$模型$ _{x}^2"),
 }
 
@@ -93,6 +108,7 @@ def test_no_neurons_and_too_many(tmp_path: Path) -> None:
         (CIRCUITS["no deltas"], CIRCUITS["no deltas"]),
         (CIRCUITS["one neuron"], Circuit("n", "X", 32, 9, (Neuron(0, 1, 1.0),))),
         (CIRCUITS["long name"], CIRCUITS["long name"]),
+        (CIRCUITS["experts"], CIRCUITS["experts"]),
     ],
 )
 def test_comparisons(first: Circuit, second: Circuit, tmp_path: Path) -> None:

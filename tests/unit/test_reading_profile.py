@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from cna_vllm import Circuit, Neuron
-from cna_vllm.reading.profile import bar_chart, late_shares, layer_counts, strongest
+from cna_vllm.reading.profile import bar_chart, expert_counts, late_shares, layer_counts, strongest
 
 
 def circuit(num_layers: int, *neurons: Neuron) -> Circuit:
@@ -42,6 +42,18 @@ def test_strongest_orders_by_size_then_place() -> None:
     weak, low, high, late = Neuron(0, 9, 1), Neuron(1, 2, -3), Neuron(1, 4, 3), Neuron(2, 0, 3)
     assert strongest(circuit(3, late, weak, high, low), 3) == [low, high, late]
     assert len(strongest(circuit(3, weak), 10)) == 1
+
+
+def test_shares_of_neurons_where_layers_have_unlike_many() -> None:
+    experts = {"count": [0, 0, 4, 4], "intermediate_size": 5}
+    neurons = (Neuron(0, 1), Neuron(2, 1, 1.0, 3), Neuron(2, 4, 1.0, 3), Neuron(3, 4, 1.0, 0))
+    made = Circuit("m", "X", 4, [30, 20, 0, 10], neurons, experts=experts)
+    assert layer_counts(made) == [1, 0, 2, 1]
+    assert expert_counts(made) == [(2, 3, 2), (3, 0, 1)]
+    quarter = late_shares(made)[-1]
+    assert (quarter.neurons, quarter.share, quarter.uniform) == (1, 0.25, 30 / 100)
+    assert late_shares(made)[1].uniform == 70 / 100
+    assert expert_counts(circuit(2, Neuron(0, 1))) == []
 
 
 def test_a_bar_for_every_layer() -> None:

@@ -151,10 +151,18 @@ def test_missing_and_ambiguous_tensors_are_refused(tmp_path: Path) -> None:
     lacking = checkpoints.write(tmp_path / "lacking", without("layers.2.mlp"))
     assert "no tensor layers.2.mlp.down_proj.weight" in refusal(lacking)
     experts = {**without("layers.2.mlp"), "model.layers.2.mlp.experts.0.w": torch.ones(2)}
-    assert "mixture of experts" in refusal(checkpoints.write(tmp_path / "experts", experts))
+    assert "nor one of a like name" in refusal(checkpoints.write(tmp_path / "experts", experts))
     twice = {**checkpoints.tensors(), "draft.layers.0.mlp.down_proj.weight": torch.ones(8, 16)}
     message = refusal(checkpoints.write(tmp_path / "twice", twice))
     assert "ambiguous" in message and "'draft.layers', 'model.layers'" in message
+    # Not the model's own layers: of drafts and of images.
+    for other in ("mtp.layers.0", "mtp.0.layers.1", "model.vision_tower.layers.2"):
+        named = {**checkpoints.tensors(), f"{other}.mlp.down_proj.weight": torch.ones(8, 16)}
+        folder = checkpoints.write(tmp_path / other, named)
+        checkpoint = open_checkpoint(str(folder))
+        prefix, places = checkpoint.down_proj([(0, None), (2, None)])
+        assert prefix == "model."
+        assert places[2, None] == ("model.layers.2.mlp.down_proj.weight", None, 1)
     assert "no lm_head.weight" in refusal(checkpoints.write(tmp_path / "head", without("lm_head")))
 
 

@@ -26,6 +26,7 @@ from cna_vllm.serving.front.admission import (
 from cna_vllm.serving.front.registry import Registry, ServedModel
 from cna_vllm.steering.circuit import Circuit, CircuitError, Neuron
 from cna_vllm.steering.request import SCOPES, SteeringError
+from cna_vllm.steering.shape import Shape
 
 OTHERS = {"other": [1, {"deep": 2}], "c": {"na": 1}, "scope": 2}
 
@@ -38,7 +39,7 @@ FRENCH, POLITE = make_circuit(0), make_circuit(1)
 
 
 def make_admission(record: bool = False) -> Admission:
-    registry = Registry(ServedModel("m", "A", 2, 16, 6))
+    registry = Registry(ServedModel("m", "A", Shape.of(2, 16), 6))
     registry.register("french", FRENCH)
     registry.register("polite", POLITE)
     config = CnaConfig(max_multiplier=10.0, max_circuits_per_request=2, record=record)
@@ -345,7 +346,7 @@ def test_an_adapter_of_circuits_that_share_neurons_is_warned_of(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    registry = Registry(ServedModel("m", "A", 2, 16, 6))
+    registry = Registry(ServedModel("m", "A", Shape.of(2, 16), 6))
     registry.register("french", FRENCH)
     registry.register("polite", POLITE)
     registry.register("wide", Circuit("m", "A", 2, 16, (Neuron(0, 0), Neuron(1, 1))))

@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 
 from cna_vllm import steer
 from cna_vllm.serving.config import CnaConfig
+from cna_vllm.serving.core.cache_keys import steering_key
 from cna_vllm.serving.front.admission import Admission
 from cna_vllm.serving.front.registry import Registry, ServedModel
 from cna_vllm.steering.circuit import Circuit, Neuron
 from cna_vllm.steering.request import SCOPES
+from cna_vllm.steering.resolved import Steering
+from cna_vllm.steering.shape import Shape
 from tests.keys import block_key
 
 NAMES = ("a", "b", "c")
@@ -25,7 +28,7 @@ def make_circuit(index: int) -> Circuit:
 
 
 def make_admission() -> Admission:
-    registry = Registry(ServedModel("m", "A", 2, 16, 6))
+    registry = Registry(ServedModel("m", "A", Shape.of(2, 16), 6))
     for index, name in enumerate(NAMES):
         registry.register(name, make_circuit(index))
     return Admission(CnaConfig(), registry)
@@ -159,3 +162,15 @@ def test_the_digest_counts_and_not_the_name() -> None:
     assert key("alias") == before
     assert gate.registry.digest("circuit", "a") in key("a")[1]
     assert not any("alias" in part for part in key("alias"))
+
+
+def test_an_image_that_is_steered_in_part_is_keyed_as_a_whole() -> None:
+    """Position 9, the last of a prompt, is in an image, whose other positions may attend to it."""
+    admitted = ADMISSION.admit(steer("a", 0.0, scope="last"))
+    assert admitted is not None
+    steering = Steering.from_field(admitted["cna_resolved"])
+    plain = steering_key(steering, 10)
+    inside = steering_key(steering, 10, [(0, 2), (4, 10)])
+    before = steering_key(steering, 10, [(0, 2), (4, 9)])
+    assert [key.first_position for key in (plain, inside, before)] == [9, 4, 9]
+    assert plain.key == inside.key == before.key

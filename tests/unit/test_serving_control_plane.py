@@ -24,6 +24,7 @@ from cna_vllm.serving.http.control_plane import ControlError, ControlPlane
 from cna_vllm.serving.worker.table import CircuitTable
 from cna_vllm.steering.circuit import Circuit, Neuron
 from cna_vllm.steering.packed import Packed
+from cna_vllm.steering.shape import Shape
 from cna_vllm.steering.vectors import VectorSet
 
 LAYERS, WIDTH = 2, 64
@@ -93,7 +94,7 @@ class Plane(ControlPlane):
         config = CnaConfig(
             circuit_dir=str(folder / "circuits"), registry_dir=str(folder / "r"), max_vectors=1
         )
-        registry = Registry.from_config(config, ServedModel("m", "A", LAYERS, WIDTH, 6))
+        registry = Registry.from_config(config, ServedModel("m", "A", Shape.of(LAYERS, WIDTH), 6))
         registry.register("caa", VectorSet("mlp", "m", "A", LAYERS, 6, {0: np.ones(6)}))
         registry.reserve(["base"])
         self.gate = Admission(config, registry)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cna_kernels import record_rows
 from cna_vllm.serving.worker.recording import Recorder
+from cna_vllm.serving.worker.share import NO_EXPERT, Part
 
 LAYERS, OFFSET, WIDTH, MAX_REQS, MAX_TOKENS = (2, 5), 7, 5, 3, 32
 
@@ -27,16 +28,15 @@ class Engine:
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
-        self.recorder = Recorder(
-            LAYERS, OFFSET, WIDTH, dtype, MAX_REQS, MAX_TOKENS, torch.device("cpu")
-        )
+        parts = [Part(layer, NO_EXPERT, OFFSET, WIDTH) for layer in LAYERS]
+        self.recorder = Recorder(parts, dtype, MAX_REQS, MAX_TOKENS, torch.device("cpu"))
         self.addresses = self.tensors()
         self.random = np.random.default_rng(0)
         self.sums: dict[str, NDArray[np.float64]] = {}
         self.counts: dict[str, int] = {}
 
     def tensors(self) -> list[int]:
-        stages = [self.recorder.layer_stage(layer) for layer in LAYERS]
+        stages = [self.recorder.share.stage(layer) for layer in LAYERS]
         return [t.data_ptr() for t in (self.recorder.row_record, *stages)]
 
     def step(self, *batch: tuple[str, int, int], expect: dict[str, tuple[str, int]]) -> None:
@@ -66,15 +66,17 @@ class Engine:
             record_rows(rows[at].contiguous(), self.recorder.row_record, self._stage(layer))
 
     def _stage(self, layer: int) -> torch.Tensor:
-        return self.recorder.layer_stage(layer)
+        return self.recorder.share.stage(layer)
 
     def check(self) -> None:
         taken = self.recorder.take()
-        assert (taken["layers"], taken["offset"], taken["width"]) == (list(LAYERS), OFFSET, WIDTH)
+        parts = np.frombuffer(taken["parts"], dtype=np.int32).reshape(-1, 4)
+        assert parts.tolist() == [[layer, -1, OFFSET, WIDTH] for layer in LAYERS]
         assert {g: found["count"] for g, found in taken["groups"].items()} == self.counts
         for group, found in taken["groups"].items():
             total = np.frombuffer(found["sum"], dtype=np.float64).reshape(len(LAYERS), WIDTH)
             assert np.array_equal(total, self.sums[group])
+            assert set(np.frombuffer(found["reached"], dtype=np.int64)) == {found["count"]}
         self.sums, self.counts = {}, {}
         assert self.recorder.take()["groups"] == {}, "taking starts again from nothing"
         assert self.tensors() == self.addresses
@@ -213,7 +215,7 @@ def test_sums_do_not_lose_what_the_dtype_would() -> None:
         engine.recorder.fill([f"r{i}"], np.array([1]), np.array([0]))
         for layer in LAYERS:
             row = torch.full((1, WIDTH), value, dtype=torch.float16)
-            record_rows(row, engine.recorder.row_record, engine.recorder.layer_stage(layer))
+            record_rows(row, engine.recorder.row_record, engine.recorder.share.stage(layer))
     found = engine.recorder.take()["groups"]["g"]
     assert found["count"] == 3
     assert set(np.frombuffer(found["sum"], dtype=np.float64).tolist()) == {1 / 256}
@@ -226,7 +228,8 @@ def test_reports_cross_process_borders() -> None:
         engine.recorder.add(name, name, 1)
         engine.step((name, 1, 0), expect={name: (name, 0)})
     taken = engine.recorder.take()
-    for kept, field in ((taken["groups"]["g"], "sum"), (taken["top"]["t"], "keys")):
+    sums, top = taken["groups"]["g"], taken["top"]["t"]
+    for kept, field in ((sums, "sum"), (sums, "reached"), (top, "keys"), (taken, "parts")):
         assert type(kept[field]) is bytes
         kept[field] = kept[field].hex()
     json.dumps(taken)
@@ -308,10 +311,11 @@ def test_memory_does_not_grow_with_the_prompts() -> None:
 
     few, many = held(50), held(500)
     assert few == many
-    # row_record, the stage, one float64 sum; keys and their tie-breaks before the first prompt.
-    stage = len(LAYERS) * MAX_REQS * WIDTH * 4
+    # row_record, the stage with a flag for each layer, one float64 sum and a count for each layer;
+    # keys and their tie-breaks before the first prompt.
+    stage = len(LAYERS) * (MAX_REQS * WIDTH * 4 + 1)
     keys = 8 * 50 * 2 + 8 * len(LAYERS) * WIDTH
-    assert few == [4 * MAX_TOKENS + stage + keys, few[0] + 8 * len(LAYERS) * WIDTH]
+    assert few == [4 * MAX_TOKENS + stage + keys, few[0] + 8 * len(LAYERS) * (WIDTH + 1)]
 
 
 def test_steps_in_inference_mode_and_calls_outside_of_it() -> None:

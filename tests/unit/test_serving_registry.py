@@ -13,8 +13,9 @@ from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.front.registry import Registry, ServedModel
 from cna_vllm.steering.circuit import Circuit, CircuitError, Neuron
 from cna_vllm.steering.request import SteeringError
+from cna_vllm.steering.shape import Shape
 
-SERVED = ServedModel("served/model", "LlamaForCausalLM", 4, 16, 6)
+SERVED = ServedModel("served/model", "LlamaForCausalLM", Shape.of(4, 16), 6)
 NEURONS = (Neuron(0, 3, 0.5), Neuron(2, 15, -1.25))
 
 

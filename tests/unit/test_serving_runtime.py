@@ -135,9 +135,41 @@ def test_one_deaf_layer_is_refused() -> None:
         make_runtime(mlps)
 
 
-def test_layers_of_different_width_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="intermediate size"):
-        make_runtime([found(0, Mlp()), found(1, Mlp(WIDTH + 1))])
+@torch.inference_mode()
+def test_layers_of_widths_of_their_own() -> None:
+    """Between them a layer that has no MLP, which costs nothing and is not listed."""
+    torch.manual_seed(0)
+    widths = (WIDTH, 0, WIDTH + 7)
+    modules = {layer: Mlp(width) for layer, width in enumerate(widths) if width}
+    runtime = make_runtime([found(layer, module) for layer, module in modules.items()])
+    assert runtime.status()["layers"] == [0, 2]
+    circuit = Circuit("m", "A", LAYERS, widths, (Neuron(0, 12), Neuron(2, WIDTH + 6)))
+    runtime.load(circuit.packed())
+    runtime.add_request("a", resolved((circuit.digest, 3.0), scope="all"), 1)
+    step(runtime, ("a", 2, 0))
+    hidden = torch.randn(2, HIDDEN)
+    for layer, module in modules.items():
+        expected = module.neurons(hidden)
+        expected[:, widths[layer] - 1] *= 3.0
+        assert torch.equal(module.act(module.up(hidden)), expected)
+
+
+@torch.inference_mode()
+def test_recording_of_layers_of_different_width() -> None:
+    torch.manual_seed(0)
+    modules = [Mlp(), Mlp(WIDTH + 1)]
+    mlps = [found(0, modules[0]), found(2, modules[1])]
+    runtime = make_runtime(mlps, record=True)
+    runtime.add_request("recorded", None, 2, "g")
+    hidden = torch.randn(2, HIDDEN)
+    step(runtime, ("recorded", 2, 0))
+    for module in modules:
+        module(hidden)
+    taken = runtime.take_recording()
+    parts = np.frombuffer(taken["parts"], dtype=np.int32).reshape(-1, 4)
+    assert parts.tolist() == [[0, -1, 0, WIDTH], [2, -1, 0, WIDTH + 1]]
+    expected = [module.neurons(hidden)[1].double() for module in modules]
+    assert np.array_equal(np.frombuffer(taken["groups"]["g"]["sum"]), torch.cat(expected))
 
 
 @torch.inference_mode()

@@ -27,8 +27,9 @@ from cna_vllm.serving.front.store import RegistryStore, Stored, StoreError
 from cna_vllm.serving.seams.http_app import _catch_up, _names
 from cna_vllm.steering.circuit import Circuit, CircuitError, Neuron
 from cna_vllm.steering.request import SteeringError
+from cna_vllm.steering.shape import Shape
 
-SERVED = ServedModel("m", "A", 2, 64, 6)
+SERVED = ServedModel("m", "A", Shape.of(2, 64), 6)
 
 
 def circuit(index: int) -> Circuit:
@@ -252,6 +253,7 @@ WRITER = """
 import sys
 from cna_vllm.steering.circuit import Circuit, Neuron
 from cna_vllm.serving.front.store import RegistryStore
+from cna_vllm.steering.shape import Shape
 store, step = RegistryStore(sys.argv[1]), int(sys.argv[2])
 while True:
     step += 1

@@ -72,7 +72,7 @@ def test_the_shares_of_all_ranks_are_the_circuit(
                 held = [int(b) >> bit & 1 for b in masks[row] for bit in range(8)]
                 assert not any(held[width:]), "padding bits"
                 found += [Neuron(layer, offset + i) for i, bit in enumerate(held) if bit]
-    assert sorted(found) == list(circuit.neurons)
+    assert sorted(found, key=lambda n: n.place) == list(circuit.neurons)
 
 
 def test_halves_that_do_not_split_a_byte() -> None:

@@ -23,6 +23,7 @@ from cna_vllm.serving.worker.table import VectorTable
 from cna_vllm.steering.circuit import Circuit, Neuron
 from cna_vllm.steering.request import SteeringError
 from cna_vllm.steering.resolved import Steering
+from cna_vllm.steering.shape import Shape
 from cna_vllm.steering.vectors import VectorError, VectorSet
 from tests.keys import block_key
 
@@ -232,7 +233,8 @@ def test_outputs_and_the_stream_are_recorded(deferred: bool) -> None:
         taken = runtime.take_recording()
         assert taken["groups"]["g"]["count"] == 1
         if what != "neurons":
-            assert (taken["offset"], taken["width"]) == (0, HIDDEN)
+            parts = np.frombuffer(taken["parts"], dtype=np.int32).reshape(-1, 4)
+            assert parts[:, 1:].tolist() == [[-1, 0, HIDDEN]] * LAYERS
             sums = np.frombuffer(taken["groups"]["g"]["sum"]).reshape(LAYERS, HIDDEN)
             before = hidden[4] if what == "residual" else torch.zeros(HIDDEN)
             rows = [before + layer.mlp.plain(hidden)[4] for layer in layers]
@@ -249,7 +251,7 @@ def test_what_is_not_recorded_is_told() -> None:
             call()
 
 
-SERVED = ServedModel("served", "A", LAYERS, WIDTH, HIDDEN)
+SERVED = ServedModel("served", "A", Shape.of(LAYERS, WIDTH), HIDDEN)
 
 
 def make_admission() -> Admission:

@@ -92,15 +92,14 @@ def evaluate(study: Study, *, say: Callable[[str], None]) -> str:
 
 
 def _check_base(study: Study) -> None:
-    from cna_vllm.discovery.prefill import Dimensions
+    from cna_vllm.discovery import layout_of
 
-    base, size = study.base_circuit(), Dimensions.of(study.llm)
+    base, shape = study.base_circuit(), layout_of(study.llm).shape
     if base is None:
         return
-    if (base.num_layers, base.intermediate_size) != (size.num_layers, size.intermediate_size):
+    if base.shape != (shape if base.is_routed else shape.dense()):
         raise EvalError(
-            f"--base-model: has {base.num_layers} layers of {base.intermediate_size} neurons, the "
-            f"model {size.num_layers} of {size.intermediate_size}; name the base of this model"
+            f"--base-model: has {base.shape}, the model {shape}; name the base of this model"
         )
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from cna_vllm.steering.resolved import Steering
@@ -25,7 +26,14 @@ NO_KEY = BlockKey(math.inf, ("", ""))
 """Of a plain request."""
 
 
-def steering_key(steering: Steering, prompt_len: int) -> BlockKey:
-    """The key of a steered request's blocks."""
+def steering_key(
+    steering: Steering, prompt_len: int, images: Iterable[tuple[int, int]] = ()
+) -> BlockKey:
+    """The key of a steered request's blocks.
+
+    images: first position of each image in the prompt, and that after its last. Models may let all
+    positions of an image attend to each other, so one that is steered in part is keyed as a whole.
+    """
     first = steering.first_position(prompt_len)
-    return BlockKey(first, ("cna", steering.cache_key(first)))
+    starts = [start for start, end in images if start <= first < end]
+    return BlockKey(min([first, *starts]), ("cna", steering.cache_key(first)))

@@ -4,15 +4,16 @@
 The recorder sees what every hook hands to ``down_proj``; that the model's own code takes it from
 there is proved at every start, and shows again in the next layer. Steered in layer l alone, the
 layers before l must hold the same bits as in the plain pass, layer l the rounded product in the
-circuit's channels and the same bits in all others, and the layer after l must have changed.
+circuit's neurons and the same bits in all others, and the layer after l must have changed.
 Passes that are compared have the same shapes, so equal rows are equal to the last bit.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,8 @@ from cna_vllm.serving.control import load_circuit, status, unload_circuit
 from cna_vllm.serving.doctor import Check
 from cna_vllm.serving.seams.front_end import admission_of
 from cna_vllm.serving.seams.offline import engine_of
-from cna_vllm.steering.circuit import Circuit, Neuron
+from cna_vllm.steering.circuit import Circuit
+from cna_vllm.steering.layout import Ints, Layout, Places
 from cna_vllm.steering.request import FIELD_RECORD, SCOPES, steer
 
 if TYPE_CHECKING:
@@ -37,7 +39,6 @@ PROMPT_TOKENS, OUTPUT_TOKENS = 8, 6
 COUNTED = {"last": 0, "generated": -1, "all": PROMPT_TOKENS - 1}
 
 Recorded = NDArray[np.float64]
-Channels = Mapping[int, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,12 @@ class _SelfTest:
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
         self._gate = admission_of(llm)
-        served = self._gate.registry.served
-        self._layers, self._width = served.num_layers, served.intermediate_size
+        config, shape = self._gate.config, self._gate.registry.served.shape
+        self._layout = layout = Layout(shape if config.max_expert_neurons else shape.dense())
+        every = range(layout.num_layers)
+        self._layers = [layer for layer in every if layout.width([layer])]
+        # So that all layers together fit into a row of the table.
+        self._most_routed = config.max_expert_neurons // layout.num_layers
         self._random = random.Random(0)
         self._engine = engine_of(llm)
         self._dtype: torch.dtype = getattr(torch, self._engine.dtype)
@@ -88,38 +93,38 @@ class _SelfTest:
 
     def _layer_by_layer(self, prompt: list[int], plain: Recorded) -> Check:
         wrong = []
-        for layer in range(self._layers):
+        for layer, after in zip_longest(self._layers, self._layers[1:]):
             scope = "all" if layer % 2 else "last"
-            channels = {layer: self._channels()}
-            with_circuit = self._steered(prompt, channels, MULTIPLIER, scope)
-            expected = self._scaled(plain[: layer + 1], channels, MULTIPLIER)
-            reached = layer == self._layers - 1 or bool(
-                (with_circuit[layer + 1] != plain[layer + 1]).any()
-            )
-            if not reached or not np.array_equal(with_circuit[: layer + 1], expected):
+            chosen, end = self._some(layer), self._layout.layer(layer).stop
+            with_circuit = self._steered(prompt, chosen, MULTIPLIER, scope)
+            expected = self._scaled(plain, chosen, MULTIPLIER)
+            place = None if after is None else self._layout.layer(after)
+            reached = place is None or bool((with_circuit[place] != plain[place]).any())
+            if not reached or not np.array_equal(with_circuit[:end], expected[:end]):
                 wrong.append(layer)
+        count = len(self._layers)
         return Check(
-            f"m = {MULTIPLIER:g} in one layer: its channels are the rounded product, all else "
+            f"m = {MULTIPLIER:g} in one layer: its neurons are the rounded product, all else "
             "up to it has the same bits, and the next layer changes",
-            f"wrong in layers {wrong}" if wrong else f"{self._layers} of {self._layers} layers",
+            f"wrong in layers {wrong}" if wrong else f"{count} of {count} layers",
             not wrong,
         )
 
     def _all_layers(self, prompt: list[int], plain: Recorded) -> Check:
-        channels = {layer: self._channels() for layer in range(self._layers)}
-        ablated = self._steered(prompt, channels, 0.0, "all")
-        zero = all(not ablated[layer, list(at)].any() for layer, at in channels.items())
-        untouched = np.array_equal(self._steered(prompt, channels, 0.0, "generated"), plain)
-        number = sum(map(len, channels.values()))
+        chosen = self._of_all_layers()
+        zero = not self._steered(prompt, chosen, 0.0, "all")[chosen].any()
+        untouched = np.array_equal(self._steered(prompt, chosen, 0.0, "generated"), plain)
         return Check(
             "m = 0 in all layers: scope all ablates, scope generated leaves the prompt alone",
-            f"{number} neurons" if zero and untouched else f"ablated {zero}, prompt {untouched}",
+            f"{len(chosen)} neurons"
+            if zero and untouched
+            else f"ablated {zero}, prompt {untouched}",
             zero and untouched,
         )
 
     def _mixed_batch(self) -> list[Check]:
         prompts = [self._prompt() for _ in range(2 * len(SCOPES))]
-        circuit = self._load({layer: self._channels() for layer in range(self._layers)})
+        circuit = self._load(self._of_all_layers())
         try:
             before = self._counted(circuit)
             plain = self._answer(prompts, [None] * len(prompts))
@@ -154,41 +159,50 @@ class _SelfTest:
     def _prompt(self) -> list[int]:
         return [self._random.choice(self._vocabulary) for _ in range(PROMPT_TOKENS)]
 
-    def _channels(self) -> list[int]:
-        return self._random.sample(range(self._width), max(1, self._width // FRACTION))
+    def _some(self, layer: int) -> Ints:
+        """Numbers of a share of a layer's neurons, of its dense MLP and of its experts."""
+        place, dense = self._layout.layer(layer), self._layout.shape.widths[layer]
+        end, middle = place.stop, place.start + dense
+        chosen = self._sample(range(place.start, middle), dense)
+        chosen += self._sample(range(middle, end), self._most_routed)
+        return np.array(sorted(chosen))
 
-    def _load(self, channels: Channels) -> Circuit:
+    def _sample(self, numbers: range, most: int) -> list[int]:
+        count = min(most, max(1, len(numbers) // FRACTION))
+        return self._random.sample(numbers, min(count, len(numbers)))
+
+    def _of_all_layers(self) -> Ints:
+        return np.concatenate([self._some(layer) for layer in self._layers])
+
+    def _load(self, chosen: Ints) -> Circuit:
+        neurons = self._layout.neurons(chosen, np.zeros(len(chosen)))
         served = self._gate.registry.served
-        neurons = tuple(Neuron(layer, index) for layer, at in channels.items() for index in at)
-        return load_circuit(self._llm, NAME, Circuit(**served.of_circuits(), neurons=neurons))
+        circuit = Circuit(**served.of_circuits(), neurons=tuple(neurons))
+        return load_circuit(self._llm, NAME, circuit)
 
-    def _steered(
-        self, prompt: list[int], channels: Channels, multiplier: float, scope: str
-    ) -> Recorded:
-        self._load(channels)
+    def _steered(self, prompt: list[int], chosen: Ints, multiplier: float, scope: str) -> Recorded:
+        self._load(chosen)
         try:
             return self._record(prompt, self._gate.admit(steer(NAME, multiplier, scope=scope)))
         finally:
             unload_circuit(self._llm, NAME)
 
-    def _scaled(self, plain: Recorded, channels: Channels, multiplier: float) -> Recorded:
-        """round(m * a) in the model's dtype, in ``channels``."""
+    def _scaled(self, plain: Recorded, chosen: Ints, multiplier: float) -> Recorded:
+        """round(m * a) in the model's dtype, in the ``chosen`` neurons."""
         expected = plain.copy()
-        for layer, at in channels.items():
-            product = torch.from_numpy(plain[layer, at]).float() * multiplier
-            expected[layer, at] = product.to(self._dtype).double().numpy()
+        product = torch.from_numpy(plain[chosen]).float() * multiplier
+        expected[chosen] = product.to(self._dtype).double().numpy()
         return expected
 
     def _record(self, prompt: list[int], admitted: dict[str, Any] | None) -> Recorded:
-        """float64 [layers, width], which holds every dtype's values: the inputs of ``down_proj``
+        """float64 [neurons], which holds every dtype's values: the inputs of all down projections
         at the last prompt token."""
         self._llm.collective_rpc("cna_start_recording", args=({},))
         self._generate([prompt], [{**(admitted or {}), FIELD_RECORD: NAME}], tokens=1)
-        recorded = np.full((self._layers, self._width), np.nan)
+        recorded = np.full(self._layout.size, np.nan)
         for report in self._llm.collective_rpc("cna_take_recording"):
-            at = slice(report["offset"], report["offset"] + report["width"])
             values = np.frombuffer(report["groups"][NAME]["sum"], dtype=np.float64)
-            recorded[report["layers"], at] = values.reshape(len(report["layers"]), -1)
+            recorded[Places.of(report["parts"], self._layout).neurons] = values
         return recorded
 
     def _answer(

@@ -18,6 +18,7 @@ from cna_vllm.steering.circuit import Circuit
 from cna_vllm.steering.content import show
 from cna_vllm.steering.packed import KindName
 from cna_vllm.steering.request import FIELD_CIRCUIT, FIELD_VECTOR, SteeringError
+from cna_vllm.steering.shape import Shape
 from cna_vllm.steering.vectors import VectorSet
 
 logger = logging.getLogger("vllm.cna")  # vLLM's handlers and level are those of its name's parents
@@ -45,14 +46,20 @@ class ServedModel:
 
     model: str
     architecture: str
-    num_layers: int
-    intermediate_size: int
+    shape: Shape
     hidden_size: int
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return self.shape.num_layers
 
     def check(self, content: Content) -> None:
         """Raises CircuitError or VectorError, naming both models, when ``content`` does not fit."""
-        width = self.intermediate_size if isinstance(content, Circuit) else self.hidden_size
-        content.check_model(self.model, self.architecture, self.num_layers, width)
+        if isinstance(content, Circuit):
+            content.check_model(self.model, self.architecture, self.shape)
+        else:
+            content.check_model(self.model, self.architecture, self.num_layers, self.hidden_size)
 
     def circuit(self, path: str | os.PathLike[str]) -> Circuit:
         """Reads a circuit file; layouts that name no model are read as this model's."""
@@ -63,8 +70,7 @@ class ServedModel:
         return {
             "model": self.model,
             "architecture": self.architecture,
-            "num_layers": self.num_layers,
-            "intermediate_size": self.intermediate_size,
+            **self.shape.fields(),
         }
 
 

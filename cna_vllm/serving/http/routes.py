@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
@@ -113,14 +114,14 @@ def describe(name: str, entry: Entry, pinned: bool) -> dict[str, Any]:
 def inspect(circuit: Circuit) -> dict[str, Any]:
     """A circuit's provenance, layer profile and strongest neurons."""
     strongest = sorted(circuit.neurons, key=lambda n: -abs(n.delta))[:20]
+    by_layer = Counter(str(neuron.layer) for neuron in circuit.neurons)
     return {
         "architecture": circuit.architecture,
-        "num_layers": circuit.num_layers,
-        "intermediate_size": circuit.intermediate_size,
+        **circuit.shape.fields(),
         "method": circuit.method,
         "prompts": circuit.prompts,
-        "neurons_by_layer": {str(k): len(v) for k, v in circuit.by_layer().items()},
-        "strongest": [{"layer": n.layer, "index": n.index, "delta": n.delta} for n in strongest],
+        "neurons_by_layer": dict(by_layer),
+        "strongest": [neuron.to_dict() for neuron in strongest],
     }
 
 

@@ -9,9 +9,12 @@ import torch
 from torch import nn
 
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
-from cna_vllm.serving.seams.model import gated_mlps, served_model
+from cna_vllm.serving.seams.experts import routed_experts, say_what_runs
+from cna_vllm.serving.seams.model import decoder_layers, gated_mlps, served_model
 from cna_vllm.serving.seams.quantization import say_what_is_unfused, share_producers
+from cna_vllm.serving.worker.outputs import refuse_bare
 from cna_vllm.serving.worker.runtime import SteeringRuntime
+from cna_vllm.serving.worker.structure import check_structure
 from cna_vllm.steering.vectors import RESIDUAL_ARCHITECTURES
 
 
@@ -28,7 +31,13 @@ def attach(vllm_config: Any, model: nn.Module, device: torch.device) -> Steering
     scheduler = vllm_config.scheduler_config
     model_config = vllm_config.model_config
     served = served_model(model_config)
-    mlps = gated_mlps(model, served)
+    layers = decoder_layers(model, served)
+    experts = routed_experts(layers) if config.max_expert_neurons else None
+    mlps = gated_mlps(layers, served, steers_experts=experts is not None)
+    paths = {index: path for index, (path, _) in layers.items()}
+    check_structure(paths, mlps, experts, served.shape)
+    if config.max_vectors:
+        refuse_bare(paths, mlps)
     if any(mlp.fuses_quantization for mlp in mlps):
         share_producers()
     runtime = SteeringRuntime(
@@ -39,8 +48,10 @@ def attach(vllm_config: Any, model: nn.Module, device: torch.device) -> Steering
         device=device,
         max_num_reqs=scheduler.max_num_seqs,
         max_num_tokens=scheduler.max_num_batched_tokens,
+        experts=experts or (),
         record_stream=served.architecture in RESIDUAL_ARCHITECTURES,
     )
+    say_what_runs(experts or ())
     if runtime.unfused:
         say_what_is_unfused(runtime.fusible, runtime.unfused)
     return runtime

@@ -48,8 +48,11 @@ def _block_keys(
 
 
 def _keep_key(request: Any) -> BlockKey:
-    steering = steering_of(request)
-    key = NO_KEY if steering is None else steering_key(steering, request.num_prompt_tokens)
+    key, steering = NO_KEY, steering_of(request)
+    if steering is not None:
+        images = [feature.mm_position for feature in request.mm_features]
+        spans = [(image.offset, image.offset + image.length) for image in images]
+        key = steering_key(steering, request.num_prompt_tokens, spans)
     vars(request)["cna_key"] = key
     return key
 

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from cna_vllm.checkpoints.models import neurons_per_layer
+from cna_vllm.checkpoints.shapes import NO_NEURONS, NO_SHAPE, model_shape
 from cna_vllm.serving.front.registry import ServedModel
 from cna_vllm.serving.seams.quantization import fuses_quantization
 from cna_vllm.serving.worker.gated_mlp import (
@@ -33,32 +34,62 @@ def served_model(model_config: Any) -> ServedModel:
     The name is the one that clients know: messages and lists show it to them, and the model's own
     may be a path.
     """
-    width = neurons_per_layer(model_config.hf_text_config)
-    if width is None:
+    layers = model_config.get_total_num_hidden_layers()
+    shape = model_shape(model_config.hf_text_config, layers)
+    if shape is None or not shape.size:
         raise UnsupportedModelError(
-            f"{model_config.model}: its configuration has no single intermediate_size; "
-            "steering needs one size for all layers"
+            f"{model_config.model}: its configuration {NO_SHAPE if shape is None else NO_NEURONS}"
         )
     return ServedModel(
         model=model_config.served_model_name,
         architecture=model_config.architectures[0],
-        num_layers=model_config.get_total_num_hidden_layers(),
-        intermediate_size=width,
+        shape=shape,
         hidden_size=model_config.get_hidden_size(),
     )
 
 
-def gated_mlps(model: nn.Module, served: ServedModel) -> list[GatedMlp]:
-    """The gated MLPs of the decoder layers that this pipeline stage owns.
+def decoder_layers(model: nn.Module, served: ServedModel) -> dict[int, tuple[str, nn.Module]]:
+    """Global layer index -> (module path, layer), of the layers that this pipeline stage owns.
 
-    Raises UnsupportedModelError when a layer has none, or one of another size than ``served``.
+    Raises UnsupportedModelError unless the model has one list of as many as ``served`` says; lists
+    of the same layers are one.
+    """
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    text_model: nn.Module = model
+    if hasattr(model, "get_language_model"):
+        language_model: Any = model.get_language_model
+        text_model = language_model()
+    stacks = [
+        (name, module)
+        for name, module in text_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == served.num_layers
+    ]
+    if len({tuple(map(id, stack)) for _, stack in stacks}) != 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected one list of {served.num_layers} decoder layers, "
+            f"found {[name for name, _ in stacks] or 'none'}; this architecture is not supported"
+        )
+    prefix, stack = min(stacks, key=lambda named: len(named[0]))
+    return {
+        index: (f"{prefix}.{index}", layer)
+        for index, layer in enumerate(stack)
+        if not isinstance(layer, PPMissingLayer)
+    }
+
+
+def gated_mlps(
+    layers: Mapping[int, tuple[str, nn.Module]], served: ServedModel, steers_experts: bool
+) -> list[GatedMlp]:
+    """The MLPs of ``decoder_layers`` that are dense or shared.
+
+    Raises UnsupportedModelError when a layer has more than one.
     """
     from vllm.logger import init_logger
     from vllm.lora.layers.base import BaseLayerWithLoRA
     from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
     from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
     from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
-    from vllm.model_executor.models.utils import PPMissingLayer
 
     def activation(module: nn.Module) -> str | None:
         if type(module) is SiluAndMul:
@@ -79,7 +110,8 @@ def gated_mlps(model: nn.Module, served: ServedModel) -> list[GatedMlp]:
         return (
             isinstance(module, ReplicatedLinear)
             and module.tp_size == 1
-            and module.input_size == served.intermediate_size != module.output_size
+            and module.input_size in served.shape.widths
+            and module.input_size != module.output_size
             and module.output_size == served.hidden_size
         )
 
@@ -87,28 +119,8 @@ def gated_mlps(model: nn.Module, served: ServedModel) -> list[GatedMlp]:
         layer: Any = module
         return layer.base_layer if isinstance(module, BaseLayerWithLoRA) else module
 
-    text_model: nn.Module = model
-    if hasattr(model, "get_language_model"):
-        language_model: Any = model.get_language_model
-        text_model = language_model()
-    stacks = [
-        (name, module)
-        for name, module in text_model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == served.num_layers
-    ]
-    if len(stacks) != 1:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: expected one list of {served.num_layers} decoder layers, "
-            f"found {[name for name, _ in stacks] or 'none'}; this architecture is not supported"
-        )
-    prefix, stack = stacks[0]
-    owned = {
-        index: (f"{prefix}.{index}", layer)
-        for index, layer in enumerate(stack)
-        if not isinstance(layer, PPMissingLayer)
-    }
     found = find_gated_mlps(
-        owned,
+        layers,
         LayerVocabulary(
             activation=activation,
             unknown_activation=unknown_activation,
@@ -119,17 +131,10 @@ def gated_mlps(model: nn.Module, served: ServedModel) -> list[GatedMlp]:
             plain_activation=plain_activation,
         ),
     )
-    for mlp in found:
-        if mlp.total_width != served.intermediate_size:
-            raise UnsupportedModelError(
-                f"layer {mlp.layer}: {mlp.path} has {mlp.total_width} neurons, the model's "
-                f"configuration says {served.intermediate_size}; steering needs one size for all "
-                "layers"
-            )
-    if routed := [path for mlp in found for path in mlp.routed_experts]:
+    routed = [path for mlp in found for path in mlp.routed_experts]
+    if routed and not steers_experts:
         init_logger("vllm.cna").warning(
-            "Circuits reach the dense and shared-expert MLPs of this model only; its routed "
-            "experts are neither steered nor recorded: %s",
+            "The routed experts of this model are neither steered nor recorded: %s",
             ", ".join(routed),
         )
     return found

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cna_vllm.serving.config import CnaConfig
+from cna_vllm.serving.seams import experts
 from cna_vllm.serving.seams.attach import attach
 from cna_vllm.serving.seams.gate import steering_of
 from cna_vllm.serving.seams.kv_blocks import zero_blocks
@@ -38,6 +39,7 @@ def _worker_init(
     if CnaConfig.from_additional_config(vllm_config.additional_config) is None:
         return
     refuse_unsupported(vllm_config)
+    experts.install()
     for name, method in RPC_METHODS.items():
         setattr(type(self), name, _answering(method))
     if vllm_config.use_v2_model_runner:

@@ -8,9 +8,9 @@ activation reads anyway; tied embeddings and heads lie outside the decoder layer
 linear keeps its class, and steering happens before its input is quantized. Where vLLM may fuse that
 quantization with the activation, ``GatedMlp.fuses_quantization`` says so.
 
-In a mixture of experts the neurons of a layer are those of its one dense or shared MLP. A shared
-expert sees every token row in the order of the step; routed experts see rows gathered by expert
-and are never steered or recorded, which ``GatedMlp.routed_experts`` says by name.
+In a mixture of experts the MLP of a layer is its one dense or shared one, which sees every token
+row in the order of the step. Routed experts are none: see ``experts``; those beside an MLP are
+named in ``GatedMlp.routed_experts``.
 
 A layer without one may have an MLP without a fused gate: see ``plain_mlp``.
 """
@@ -61,7 +61,7 @@ class GatedMlp:
 
     down_proj: the linear itself, in a LoRA wrapper or not.
     decoder: the decoder layer that it is in.
-    routed_experts: paths of the routed experts beside it, whose neurons are out of reach.
+    routed_experts: paths of the routed experts beside it.
     adapted: children of ``module`` in LoRA wrappers -> the layers themselves.
     fuses_quantization: whether the engine may fuse the activation with what quantizes its result.
     steered_input: where there is no fused gate, the child of ``module`` whose input is scaled.
@@ -86,15 +86,16 @@ class GatedMlp:
 def find_gated_mlps(
     layers: Mapping[int, tuple[str, nn.Module]], vocabulary: LayerVocabulary
 ) -> list[GatedMlp]:
-    """The gated MLP of each decoder layer of this rank, in layer order.
+    """The gated MLP of each decoder layer of this rank that has one, in layer order.
 
     layers: global layer index -> (module path, decoder layer); layers of other pipeline stages
-    are left out by the caller. Raises UnsupportedModelError, naming the layer, when a layer has
-    no gated MLP, be it for having only routed experts, or more than one.
+    are left out by the caller. That a layer without one has none is the caller's to check: see
+    ``structure``. Raises UnsupportedModelError, naming the layer, when one has more than one MLP.
     """
     found = [
-        _gated_mlp(index, path, layer, vocabulary)
+        mlp
         for index, (path, layer) in sorted(layers.items())
+        if (mlp := _gated_mlp(index, path, layer, vocabulary)) is not None
     ]
     if len({id(mlp.module) for mlp in found}) < len(found):
         raise UnsupportedModelError(
@@ -103,7 +104,9 @@ def find_gated_mlps(
     return found
 
 
-def _gated_mlp(index: int, path: str, layer: nn.Module, vocabulary: LayerVocabulary) -> GatedMlp:
+def _gated_mlp(
+    index: int, path: str, layer: nn.Module, vocabulary: LayerVocabulary
+) -> GatedMlp | None:
     found: list[GatedMlp] = []
     plain: list[GatedMlp] = []
     routed = tuple(n for n, m in layer.named_modules(prefix=path) if vocabulary.routed_experts(m))
@@ -150,19 +153,14 @@ def _gated_mlp(index: int, path: str, layer: nn.Module, vocabulary: LayerVocabul
                 )
             )
     found = found or plain
-    if not found and routed:
+    if len(found) > 1:
+        paths = ", ".join(mlp.path for mlp in found)
         raise UnsupportedModelError(
-            f"layer {index}: {', '.join(routed)} is a fused mixture of routed experts, whose "
-            "neurons cannot be steered, and no dense or shared gated MLP is beside it; remove the "
-            "cna key to serve this model unsteered"
+            f"layer {index} ({path}): found {len(found)} MLPs ({paths}); "
+            "steering needs at most one module that owns an activation and a row-parallel down "
+            "projection in every layer"
         )
-    if len(found) != 1:
-        what = "no MLP" if not found else f"{len(found)} MLPs"
-        raise UnsupportedModelError(
-            f"layer {index} ({path}): found {what}; steering needs exactly one module that owns an "
-            "activation and a row-parallel down projection in every layer"
-        )
-    return found[0]
+    return found[0] if found else None
 
 
 @torch.inference_mode()

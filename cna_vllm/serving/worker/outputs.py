@@ -8,7 +8,7 @@ adding to that output is adding to the stream; vLLM's layers leave that sum to t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class SteeredOutput(nn.Module):
             ("slot_coefficients", step.slot_coefficients),
             ("vectors", vectors),
             ("row_record", None if recorder is None else recorder.row_record),
-            ("recorded", None if recorder is None else recorder.layer_stage(layer)),
+            ("recorded", None if recorder is None else recorder.share.stage(layer)),
         ):
             self.register_buffer(name, tensor, persistent=False)
 
@@ -71,12 +71,25 @@ class RecordedStream(nn.Module):
     def __init__(self, recorder: Recorder, layer: int) -> None:
         super().__init__()
         self.register_buffer("row_record", recorder.row_record, persistent=False)
-        self.register_buffer("recorded", recorder.layer_stage(layer), persistent=False)
+        self.register_buffer("recorded", recorder.share.stage(layer), persistent=False)
 
     def forward(self, _module: nn.Module, _args: Any, output: Any) -> None:
         # vLLM's own layers return the MLP's output and the stream before it.
         stream = output if isinstance(output, torch.Tensor) else output[0] + output[1]
         record_rows(stream.view(-1, stream.shape[-1]), self.row_record, self.recorded)
+
+
+def refuse_bare(paths: Mapping[int, str], mlps: Sequence[GatedMlp]) -> None:
+    """Raises UnsupportedModelError unless each of these layers has an MLP to add vectors to.
+
+    paths: global layer index -> module path.
+    """
+    for layer, path in sorted(paths.items()):
+        if layer not in {mlp.layer for mlp in mlps}:
+            raise UnsupportedModelError(
+                f"layer {layer} ({path}) has no dense MLP, whose output vectors could be added to; "
+                "remove cna.max_vectors and cna.vectors"
+            )
 
 
 def refuse_unfit(mlps: Sequence[GatedMlp]) -> None:

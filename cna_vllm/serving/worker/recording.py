@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recording of last-prompt-token activations inside the engine, for discovery.
 
-Each layer copies the flagged rows of a step to a staging slot; before the next step each slot
-goes to the sink of its group (``sinks``), on the device. Memory does not grow with the prompts.
+Each layer copies the flagged rows of a step to a staging slot (``share``); before the next step
+each slot goes to the sink of its group (``sinks``), on the device. Memory does not grow with the
+prompts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from cna_vllm.serving.worker.experts import RoutedExperts
+from cna_vllm.serving.worker.share import Part, Share
 from cna_vllm.serving.worker.sinks import Rows, Sum, Top
 from cna_vllm.serving.worker.staging import Staging
 
@@ -27,25 +30,22 @@ class Recorder:
 
     def __init__(
         self,
-        layers: Sequence[int],
-        offset: int,
-        width: int,
+        dense: Sequence[Part],
         dtype: torch.dtype,
         max_num_reqs: int,
         max_num_tokens: int,
         device: torch.device,
+        routed: Sequence[RoutedExperts] = (),
     ) -> None:
-        self._layers = tuple(layers)
-        self._offset = offset
+        """dense: this rank's part of each dense or shared MLP, or of whatever else is recorded."""
         self._staging = Staging([(max_num_tokens,)], device)
         self._row_record = self._staging.blocks[0].host
         self.row_record = self._staging.blocks[0].device
         self._row_record[:] = -1
         self._staging.upload()
         # A step finishes at most one prompt per request, so a slot per request is enough.
-        self._stage = torch.zeros(
-            len(self._layers), max_num_reqs, width, dtype=dtype, device=device
-        )
+        self.share = Share(dense, routed, max_num_reqs, dtype, device)
+        self._dtype, self._device = dtype, device
         # Group, and position of the last prompt token, of requests not yet recorded.
         self._pending: dict[str, tuple[str, int]] = {}
         self._recorded: set[str] = set()
@@ -63,11 +63,7 @@ class Recorder:
         kept: list[Sum | Top | Rows] = [*self._sums.values(), *self._tops.values()]
         if self._rows is not None:
             kept.append(self._rows)
-        return self.row_record.nbytes + self._stage.nbytes + sum(sink.nbytes for sink in kept)
-
-    def layer_stage(self, layer: int) -> torch.Tensor:
-        """[slots, width]: where one layer copies flagged rows, a fixed view."""
-        return self._stage[self._layers.index(layer)]
+        return self.row_record.nbytes + self.share.nbytes + sum(sink.nbytes for sink in kept)
 
     @torch.inference_mode()
     def start(
@@ -84,14 +80,14 @@ class Recorder:
         these layers (those of them that this rank has) of up to ``row_prompts`` prompts.
         """
         self.take()
-        layers, _, width = self._stage.shape
-        device = self._stage.device
+        share, device = self.share, self._device
         for group, k in (top or {}).items():
-            self._tops[group] = Top(k, top_prompts, layers * width, device)
+            self._tops[group] = Top(k, top_prompts, share.neurons, device)
         if row_prompts:
-            self._row_layers = [layer for layer in row_layers if layer in self._layers]
-            rows = [self._layers.index(layer) for layer in self._row_layers]
-            self._rows = Rows(rows, row_prompts, width, self._stage.dtype, device)
+            mine = {part.layer for part in share.parts}
+            self._row_layers = [layer for layer in row_layers if layer in mine]
+            places = [share.layer(layer) for layer in self._row_layers]
+            self._rows = Rows(places, row_prompts, len(share.parts), self._dtype, device)
 
     def add(self, req_id: str, group: str | None, prompt_len: int) -> None:
         """Asks for one recording of a request's last prompt token."""
@@ -132,14 +128,13 @@ class Recorder:
     def take(self) -> dict[str, Any]:
         """What was kept since ``start`` or the last call, in types that cross process borders.
 
-        {"layers", "offset", "width", "groups": {group: Sum's report}, "top": {group: Top's
-        report}, "rows": None or {"layers", and Rows' report}}. Afterwards sums are kept again.
+        {"parts": int32 bytes of [MLPs, (layer, expert, offset, width)], see ``Part``; "groups":
+        {group: Sum's report}, "top": {group: Top's report}, "rows": None or {"layers", and Rows'
+        report}}. Neurons are those of the parts, in their order. Afterwards sums are kept again.
         """
         self._drain()
         report = {
-            "layers": list(self._layers),
-            "offset": self._offset,
-            "width": self._stage.shape[2],
+            "parts": np.array(self.share.parts, dtype=np.int32).tobytes(),
             "groups": {group: kept.report() for group, kept in self._sums.items()},
             "top": {group: kept.report() for group, kept in self._tops.items()},
             "rows": (
@@ -154,11 +149,13 @@ class Recorder:
     @torch.inference_mode()
     def _drain(self) -> None:
         for slot, (req_id, group) in enumerate(self._staged):
-            values = self._stage[:, slot]
+            values, reached = self.share.values(slot)
             if group in self._tops:
-                self._tops[group].add(req_id, values)
+                self._tops[group].add(req_id, values, reached)
             elif self._rows is not None:
-                self._rows.add(group, values)
+                self._rows.add(group, values, reached)
             else:
-                self._sums.setdefault(group, Sum()).add(req_id, values)
+                self._sums.setdefault(group, Sum()).add(req_id, values, reached)
+        if self._staged:
+            self.share.forget()
         self._staged = []

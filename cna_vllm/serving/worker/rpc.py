@@ -17,6 +17,8 @@ def cna_load(
     digest: str,
     layers: bytes,
     values: bytes,
+    experts: bytes = b"",
+    *,
     wanted: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Makes content, given as a ``Packed``, resident.
@@ -27,7 +29,7 @@ def cna_load(
     """
     refused = None
     try:
-        runtime.load(Packed(kind, digest, layers, values), wanted)
+        runtime.load(Packed(kind, digest, layers, values, experts), wanted)
     except (CircuitTableError, CnaConfigError) as error:
         refused = str(error)
     return {"resident": runtime.resident(), "refused": refused}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,12 @@ from cna_kernels import CARRYING_DTYPES, backend, mark_overflow
 from cna_vllm.serving.config import CnaConfig, CnaConfigError
 from cna_vllm.serving.step_report import StepReport
 from cna_vllm.serving.worker.activation import SteeredActAndMul, SteeredGateUp, StepBuffers
+from cna_vllm.serving.worker.experts import (
+    ExpertTable,
+    RoutedExperts,
+    SteeredExperts,
+    prove_experts,
+)
 from cna_vllm.serving.worker.gated_mlp import (
     GatedMlp,
     UnsupportedModelError,
@@ -21,6 +28,7 @@ from cna_vllm.serving.worker.gated_mlp import (
 from cna_vllm.serving.worker.outputs import hook_outputs, prove_outputs, refuse_unfit
 from cna_vllm.serving.worker.plain_mlp import hook_input
 from cna_vllm.serving.worker.recording import Recorder
+from cna_vllm.serving.worker.share import NO_EXPERT, Part
 from cna_vllm.serving.worker.state import SteeringState
 from cna_vllm.serving.worker.table import CircuitTable, ResidentTable, VectorTable
 from cna_vllm.steering.packed import KindName, Packed
@@ -33,8 +41,8 @@ NEURONS = "neurons"
 class SteeringRuntime:
     """Hooks the gated MLPs of one rank and routes each step's token rows to their circuits.
 
-    mlps: one per decoder layer of this rank. Raises UnsupportedModelError if the layers differ in
-    width or if a hook does not act.
+    mlps: of the decoder layers of this rank that have a dense or shared MLP; experts: of those
+    that have routed ones. Raises UnsupportedModelError if a hook does not act.
     """
 
     def __init__(
@@ -47,21 +55,28 @@ class SteeringRuntime:
         device: torch.device,
         max_num_reqs: int,
         max_num_tokens: int,
+        experts: Sequence[RoutedExperts] = (),
         record_stream: bool = False,
     ) -> None:
         """record_stream: whether the residual stream is known to be found, where it is wanted."""
-        shapes = {(mlp.width, mlp.offset, mlp.total_width) for mlp in mlps}
-        if len(shapes) > 1:
-            raise UnsupportedModelError(
-                f"decoder layers differ in intermediate size: {sorted(shapes)}; steering needs "
-                "one size for all layers"
-            )
-        # A pipeline stage without decoder layers has nothing to hook and nothing to do.
-        width, offset, _ = shapes.pop() if shapes else (1, 0, 1)
+        widths, offsets = [mlp.width for mlp in mlps], [mlp.offset for mlp in mlps]
         self.layers = tuple(mlp.layer for mlp in mlps)
         self._recording = NEURONS
-        self._routed_experts = [path for mlp in mlps for path in mlp.routed_experts]
-        self.table = CircuitTable(self.layers, offset, width, config.max_circuits, device)
+        self._expert_backends = {found.layer: found.backend for found in experts}
+        self._routed_experts = [
+            path
+            for mlp in mlps
+            for path in mlp.routed_experts
+            if mlp.layer not in self._expert_backends
+        ]
+        self._experts = (
+            ExpertTable(experts, config.max_circuits, config.max_expert_neurons, device)
+            if experts
+            else None
+        )
+        self.table = CircuitTable(
+            self.layers, offsets, widths, config.max_circuits, device, self._experts
+        )
         self.vectors = (
             VectorTable(self.layers, hidden_size, config.max_vectors, device)
             if config.max_vectors
@@ -84,10 +99,12 @@ class SteeringRuntime:
         batch = (dtype, max_num_reqs, max_num_tokens, device)
         self.recorders: dict[str, Recorder] = {}
         if config.record:
-            self.recorders[NEURONS] = Recorder(self.layers, offset, width, *batch)
+            dense = [Part(mlp.layer, NO_EXPERT, mlp.offset, mlp.width) for mlp in mlps]
+            self.recorders[NEURONS] = Recorder(dense, *batch, experts)
             if self.vectors is not None:
+                outputs = [Part(layer, NO_EXPERT, 0, hidden_size) for layer in self.layers]
                 for form in FORMS if record_stream else FORMS[:1]:
-                    self.recorders[form] = Recorder(self.layers, 0, hidden_size, *batch)
+                    self.recorders[form] = Recorder(outputs, *batch)
         self.recorder = self.recorders.get(NEURONS)
         self.fusible = [mlp.path for mlp in mlps if mlp.fuses_quantization]
         self.unfused = _why_unfused(mlps, config, dtype) if self.fusible else ""
@@ -95,6 +112,8 @@ class SteeringRuntime:
         for mlp in mlps:
             self._hook(mlp, step)
         self._prove_hooks(mlps, hidden_size, dtype)
+        if self._experts is not None:
+            self._steer_experts(experts, self._experts, step, dtype)
         if self.vectors is not None:
             refuse_unfit(mlps)
             hook_outputs(mlps, step, self.vectors, *map(self.recorders.get, FORMS))
@@ -193,6 +212,7 @@ class SteeringRuntime:
         circuits: what requests may use; resident: and what was unloaded, but not yet overwritten.
         kernel: which implementation the layers call; see ``cna_kernels.backend``.
         quantization: whether that of ``down_proj``'s input may be one kernel with the activation.
+        experts: layer -> backend of the routed experts that are steered.
         routed_experts: what the model has and no circuit reaches, by path.
         """
         return {
@@ -200,6 +220,7 @@ class SteeringRuntime:
             "kernel": backend(self.table.device),
             "quantization": self._quantization(),
             "layers": list(self.layers),
+            "experts": dict(self._expert_backends),
             "routed_experts": list(self._routed_experts),
             "circuits": list(self.table.loaded()),
             "vectors": [] if self.vectors is None else list(self.vectors.loaded()),
@@ -222,7 +243,7 @@ class SteeringRuntime:
     def _hook(self, mlp: GatedMlp, step: StepBuffers) -> None:
         masks = self.table.layer_masks(mlp.layer)
         hook: SteeredActAndMul
-        stage = self.recorder.layer_stage(mlp.layer) if self.recorder else None
+        stage = self.recorder.share.stage(mlp.layer) if self.recorder else None
         if mlp.steered_input:
             hook = hook_input(mlp, step, masks, stage)
         elif mlp.fuses_quantization and not self.unfused:
@@ -237,6 +258,20 @@ class SteeringRuntime:
             setattr(mlp.module, mlp.attribute, hook)
         # A buffer of the model, like what the hook reads: saved and restored when it sleeps.
         hook.register_buffer("marks", self._marks, persistent=False)
+
+    def _steer_experts(
+        self,
+        experts: Sequence[RoutedExperts],
+        table: ExpertTable,
+        step: StepBuffers,
+        dtype: torch.dtype,
+    ) -> None:
+        """Hooks routed experts, which are proved to obey."""
+        for found in experts:
+            stages = self.recorder.share.expert_stage(found.layer) if self.recorder else None
+            offsets = table.layer_offsets(found.layer)
+            hook = SteeredExperts(step, offsets, table.neurons, stages)
+            found.hook(hook, partial(prove_experts, found, hook, dtype))
 
     def _quantization(self) -> str:
         if not self.fusible:

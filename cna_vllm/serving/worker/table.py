@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from cna_kernels import mask_width
 from cna_vllm.serving.config import CircuitTableError
+from cna_vllm.serving.worker.experts import ExpertTable
 from cna_vllm.steering.packed import Packed
 
 
@@ -25,16 +26,21 @@ class ResidentTable(ABC):
 
     def __init__(
         self,
-        layers: Sequence[int],
+        lengths: Mapping[int, int],
         max_rows: int,
-        length: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """layers: global indices of this rank's layers. length: of a row in one of them."""
-        self.layers = tuple(layers)
-        # One tensor for all layers, at a fixed address: making content resident is one copy.
-        self._rows = torch.zeros(len(self.layers), max_rows, length, dtype=dtype, device=device)
+        """lengths: global index of each of this rank's layers -> elements of a row in it."""
+        self.layers = tuple(lengths)
+        self.device = device
+        # One tensor for all layers of a length, at a fixed address: making content resident is one
+        # copy for each length, and a layer takes what it needs.
+        self._blocks: list[tuple[tuple[int, ...], torch.Tensor]] = []
+        for length in dict.fromkeys(lengths.values()):
+            layers = tuple(layer for layer in lengths if lengths[layer] == length)
+            rows = torch.zeros(len(layers), max_rows, length, dtype=dtype, device=device)
+            self._blocks.append((layers, rows))
         self._digests: list[str | None] = [None] * max_rows
         self._row_of: dict[str, int] = {}
         self._users = [0] * max_rows
@@ -42,21 +48,21 @@ class ResidentTable(ABC):
         self._retired: dict[int, None] = {}
 
     @property
-    def device(self) -> torch.device:
-        """Where the rows live."""
-        return self._rows.device
-
-    @property
     def nbytes(self) -> int:
         """Memory of the rows on this rank, in bytes."""
-        return self._rows.nbytes
+        return sum(rows.nbytes for _, rows in self._blocks)
 
     @abstractmethod
-    def _share(self, content: Packed) -> np.ndarray:
-        """[layers, length]: what this rank keeps of ``content``."""
+    def _share(self, content: Packed, layers: tuple[int, ...]) -> np.ndarray:
+        """[layers, length]: what some layers, whose rows have one length, keep of ``content``."""
+
+    def _shares(self, content: Packed) -> list[tuple[torch.Tensor, np.ndarray]]:
+        """Tensors [n, max_rows, length], and what goes into a row of each: [n, length]."""
+        return [(rows, self._share(content, layers)) for layers, rows in self._blocks]
 
     def _layer(self, layer: int) -> torch.Tensor:
-        return self._rows[self.layers.index(layer)]
+        layers, rows = next(block for block in self._blocks if layer in block[0])
+        return rows[layers.index(layer)]
 
     def loaded(self) -> tuple[str, ...]:
         """Digests that requests may use, in row order."""
@@ -72,18 +78,20 @@ class ResidentTable(ABC):
         """Makes ``content`` resident and returns its row; loading it again is a no-op.
 
         wanted: digests that admitted requests may still ask for, also such as wait to run; their
-        rows are kept. Raises CircuitTableError when every row is taken.
+        rows are kept. Raises CircuitTableError, and changes nothing, when every row is taken or
+        the content cannot be held.
         """
         row = self._row_of.get(content.digest)
         if row is not None:
             self._retired.pop(row, None)
             return row
-        row = self._free_row(wanted)
+        row, shares = self._free_row(wanted), self._shares(content)
         previous = self._digests[row]
         if previous is not None:
             del self._row_of[previous]
             del self._retired[row]
-        self._rows[:, row].copy_(torch.from_numpy(self._share(content)))
+        for rows, share in shares:
+            rows[:, row].copy_(torch.from_numpy(share))
         self._digests[row] = content.digest
         self._row_of[content.digest] = row
         return row
@@ -133,41 +141,88 @@ class ResidentTable(ABC):
 
 
 def positions(layers: Sequence[int], content: Packed) -> np.ndarray:
-    """Of each layer that ``content`` names, its place among this rank's ``layers``; -1 for none."""
+    """Of each layer that ``content`` names, its place among ``layers``; -1 for none."""
     named = np.frombuffer(content.layers, dtype=np.int32)
     place = np.full(max(max(layers, default=0), named.max(initial=0)) + 1, -1, dtype=np.intp)
     place[list(layers)] = range(len(layers))
     return place[named]
 
 
+def _experts_of(content: Packed) -> np.ndarray:
+    """Of each neuron, its routed expert, or -1."""
+    experts = np.frombuffer(content.experts, dtype=np.int32)
+    return experts if experts.size else np.full(len(content.layers) // 4, -1, dtype=np.int32)
+
+
 class CircuitTable(ResidentTable):
-    """Resident circuits, at ceil(width / 8) bytes a layer, at fixed addresses."""
+    """Resident circuits, at ceil(width / 8) bytes a layer of that width, at fixed addresses, and
+    what ``ExpertTable`` holds."""
 
     noun = "circuit"
 
     def __init__(
         self,
         layers: Sequence[int],
-        offset: int,
-        width: int,
+        offset: int | Sequence[int],
+        width: int | Sequence[int],
         max_circuits: int,
         device: torch.device,
+        experts: ExpertTable | None = None,
     ) -> None:
-        """Each layer of this rank holds neurons [offset, offset + width) of its layer."""
-        super().__init__(layers, max_circuits, mask_width(width), torch.uint8, device)
-        self._offset, self._width = offset, width
+        """layers: global indices of this rank's layers with a dense or shared MLP; each holds
+        neurons [offset, offset + width) of its layer, one number of all layers or one for each.
+        experts: where neurons of routed experts go; None: they are refused."""
+        self._offsets, self._widths = (
+            dict(zip(layers, [of] * len(layers) if isinstance(of, int) else of, strict=True))
+            for of in (offset, width)
+        )
+        lengths = {layer: mask_width(self._widths[layer]) for layer in layers}
+        super().__init__(lengths, max_circuits, torch.uint8, device)
+        self._experts = experts
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the masks and of routed experts' neurons on this rank, in bytes."""
+        return super().nbytes + (0 if self._experts is None else self._experts.nbytes)
 
     def layer_masks(self, layer: int) -> torch.Tensor:
         """The masks of one global layer: uint8 [max_circuits, ceil(width / 8)], a fixed view."""
         return self._layer(layer)
 
-    def _share(self, content: Packed) -> np.ndarray:
+    def _shares(self, content: Packed) -> list[tuple[torch.Tensor, np.ndarray]]:
+        layers = np.frombuffer(content.layers, dtype=np.int32)
+        experts = _experts_of(content)
+        routed = experts >= 0
+        if self._experts is None:
+            if routed.any():
+                raise CircuitTableError(
+                    "the circuit names neurons of routed experts, which this engine does not "
+                    "steer: its model has none, or cna.max_expert_neurons is 0"
+                )
+            return super()._shares(content)
+        bare = np.isin(layers, list({*self._experts.layers} - {*self.layers})) & ~routed
+        if bare.any():
+            raise CircuitTableError(
+                f"the circuit names a neuron of no expert in layer {layers[bare.argmax()]}, which "
+                "has routed experts only; name the expert"
+            )
+        indices = np.frombuffer(content.values, dtype=np.int32)
+        return super()._shares(content) + self._experts.shares(
+            layers[routed], experts[routed], indices[routed]
+        )
+
+    def _share(self, content: Packed, layers: tuple[int, ...]) -> np.ndarray:
         """Channel j of a layer in bit j % 8 of byte j // 8."""
-        bits = np.zeros((len(self.layers), self._width), dtype=bool)
-        at = positions(self.layers, content)
-        channel = np.frombuffer(content.values, dtype=np.int32) - self._offset
-        here = (at >= 0) & (channel >= 0) & (channel < self._width)
-        bits.reshape(-1)[(at * self._width + channel)[here]] = True
+        dense = _experts_of(content) < 0
+        offsets, widths = (
+            np.array([of[layer] for layer in layers]) for of in (self._offsets, self._widths)
+        )
+        most = widths.max()
+        bits = np.zeros((len(layers), most), dtype=bool)
+        at = positions(layers, content)
+        channel = np.frombuffer(content.values, dtype=np.int32) - offsets[at]
+        here = dense & (at >= 0) & (channel >= 0) & (channel < widths[at])
+        bits.reshape(-1)[(at * most + channel)[here]] = True
         return np.packbits(bits, axis=1, bitorder="little")
 
 
@@ -182,16 +237,16 @@ class VectorTable(ResidentTable):
     def __init__(
         self, layers: Sequence[int], hidden_size: int, max_vectors: int, device: torch.device
     ) -> None:
-        super().__init__(layers, max_vectors, hidden_size, torch.float32, device)
+        super().__init__(dict.fromkeys(layers, hidden_size), max_vectors, torch.float32, device)
         self.hidden_size = hidden_size
 
     def layer_vectors(self, layer: int) -> torch.Tensor:
         """The vectors of one global layer: float32 [max_vectors, hidden_size], a fixed view."""
         return self._layer(layer)
 
-    def _share(self, content: Packed) -> np.ndarray:
-        at = positions(self.layers, content)
+    def _share(self, content: Packed, layers: tuple[int, ...]) -> np.ndarray:
+        at = positions(layers, content)
         values = np.frombuffer(content.values, dtype=np.float32).reshape(len(at), self.hidden_size)
-        share = np.zeros((len(self.layers), self.hidden_size), dtype=np.float32)
+        share = np.zeros((len(layers), self.hidden_size), dtype=np.float32)
         share[at[at >= 0]] = values[at >= 0]
         return share
