@@ -30,17 +30,13 @@ pytestmark = pytest.mark.engine
 QUICK = (
     "ApertusForCausalLM",
     "BloomForCausalLM",
-    "CohereForCausalLM",
     "GPT2LMHeadModel",
-    "GPTNeoXForCausalLM",
-    "Glm4ForCausalLM",
     "GlmForCausalLM",
     "Llama4ForConditionalGeneration",
     "MambaForCausalLM",
     "MixtralForCausalLM",
     "NemotronForCausalLM",
     "OPTForCausalLM",
-    "Starcoder2ForCausalLM",
 )
 
 
