@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -143,11 +144,16 @@ class Shape:
         return fields
 
     def __str__(self) -> str:
-        """For messages: ``4 layers, intermediate size 96``; ``96 64*3`` of a list."""
+        """For messages: ``4 layers, intermediate size 96``; ``1 x 96, 3 x 64`` of a list, and
+        ``3 layers with 4 experts of 16``."""
         text = f"{self.num_layers} layers, intermediate size {_runs(self.widths)}"
-        if self.is_routed:
-            text += f", {_runs(self.experts)} experts of {_runs(self.expert_widths)}"
-        return text
+        routed = Counter(
+            pair for pair in zip(self.experts, self.expert_widths, strict=True) if pair[0]
+        )
+        return text + "".join(
+            f", {layers} {'layer' if layers == 1 else 'layers'} with {count} experts of {width}"
+            for (count, width), layers in routed.items()
+        )
 
 
 def _each(name: str, value: object, num_layers: int) -> tuple[int, ...]:
@@ -169,4 +175,4 @@ def _runs(values: tuple[int, ...]) -> str:
     runs = [(value, len(list(group))) for value, group in groupby(values)]
     if len(runs) == 1:
         return str(values[0])
-    return " ".join(f"{value}*{count}" if count > 1 else str(value) for value, count in runs)
+    return ", ".join(f"{count} x {value}" for value, count in runs)

@@ -62,7 +62,9 @@ def test_fields_say_it_briefly_and_back() -> None:
         )
         assert Shape.of(**json.loads(json.dumps(shape.fields()))) == shape
     assert Shape.of(2, 6).fields() == {"num_layers": 2, "intermediate_size": 6}
-    assert str(SHAPE) == "4 layers, intermediate size 24 16*2 0, 0 4*3 experts of 0 8*3"
+    assert str(SHAPE) == (
+        "4 layers, intermediate size 1 x 24, 2 x 16, 1 x 0, 3 layers with 4 experts of 8"
+    )
 
 
 def test_neurons_are_sorted_by_layer_expert_index() -> None:

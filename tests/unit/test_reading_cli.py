@@ -191,7 +191,7 @@ def test_experts_are_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert call("inspect moe.json --plot moe.png") == 0
     shown = capsys.readouterr().out
     for part in (
-        "2 layers, intermediate size 16 0, 0 4 experts of 0 8",
+        "2 layers, intermediate size 1 x 16, 1 x 0, 1 layer with 4 experts of 8",
         "3 of them in 2 of 4 routed experts",
         "neurons by layer/expert, most first: 1/2: 2, 1/0: 1\n",
         "layer expert  index       delta\n    1      2      5          -3\n",

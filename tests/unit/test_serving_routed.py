@@ -121,5 +121,7 @@ def test_circuits_without_experts_fit_whatever_is_routed_beside_them() -> None:
     dense = replace(CIRCUIT, neurons=CIRCUIT.neurons[:2])
     SERVED.check(dense)
     replace(SERVED, shape=SHAPE.dense()).check(dense)
-    with pytest.raises(CircuitError, match=r"8 4, 0 3 experts of 0 6.*does not fit"):
+    with pytest.raises(
+        CircuitError, match=r"1 x 8, 1 x 4, 1 layer with 3 experts of 6.*does not fit"
+    ):
         replace(SERVED, shape=SHAPE.dense()).check(CIRCUIT)
