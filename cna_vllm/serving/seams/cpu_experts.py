@@ -56,9 +56,14 @@ ACTIVATIONS: Final[Mapping[str, Callable[[torch.Tensor], torch.Tensor]]] = {
 }
 
 
+def name_of(experts: type) -> str:
+    """Of a backend's class, with its module."""
+    return f"{experts.__module__}.{experts.__qualname__}"
+
+
 def is_one(experts: Any) -> bool:
     """Whether an experts instance is of a CPU's backend."""
-    return f"{type(experts).__module__}.{type(experts).__qualname__}" in BACKENDS
+    return name_of(type(experts)) in BACKENDS
 
 
 @adding
@@ -70,8 +75,8 @@ def keep_weights(
     from cna_vllm.serving.seams.experts import steers_experts
 
     steered = getattr(layer, "cna_experts", None)
-    names = (f"{c.__module__}.{c.__qualname__}" for c in (self.experts_cls,) if c is not None)
-    if (steered is not None or steers_experts()) and any(name in BACKENDS for name in names):
+    on_cpu = self.experts_cls is not None and name_of(self.experts_cls) in BACKENDS
+    if on_cpu and (steered is not None or steers_experts()):
         biases = (getattr(layer, name, None) for name in ("w13_bias", "w2_bias"))
         # Copies: vLLM 0.33 writes the new order over the old.
         kept = [None if w is None else w.data.clone() for w in (w13, w2, *biases)]

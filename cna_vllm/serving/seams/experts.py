@@ -22,6 +22,7 @@ from torch import nn
 
 from cna_vllm.serving.config import CnaConfig
 from cna_vllm.serving.seams import cpu_experts
+from cna_vllm.serving.seams.cpu_experts import name_of
 from cna_vllm.serving.seams.wrapping import Original, Wrap, adding, wrap
 from cna_vllm.serving.worker.experts import RoutedExperts, SteeredExperts
 from cna_vllm.serving.worker.gated_mlp import UnsupportedModelError
@@ -65,20 +66,16 @@ def steers_experts() -> bool:
     return config is not None and config.max_expert_neurons > 0
 
 
-def _name(experts: type) -> str:
-    return f"{experts.__module__}.{experts.__qualname__}"
-
-
 def hides_its_activation(experts: type) -> bool:
     """Whether the neurons of a backend are out of reach, from its class alone."""
-    return _name(experts) not in (*ROWS_IN_ORDER, *cpu_experts.BACKENDS)
+    return name_of(experts) not in (*ROWS_IN_ORDER, *cpu_experts.BACKENDS)
 
 
 def fuses_quantization(experts: type, activation_key: Any) -> bool:
     """Whether ``TritonExperts`` makes one kernel of the activation and of FP8 in blocks."""
     from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynamic128Sym
 
-    return _name(experts) == ROWS_IN_ORDER[0] and activation_key == kFp8Dynamic128Sym
+    return name_of(experts) == ROWS_IN_ORDER[0] and activation_key == kFp8Dynamic128Sym
 
 
 @adding
@@ -257,7 +254,7 @@ def _refuse_unsteerable(index: int, path: str, runner: Any, layer: Any) -> None:
         ),
         "activation and FP8 quantization in one kernel": (
             experts is not None
-            and _name(type(experts)) == ROWS_IN_ORDER[0]
+            and name_of(type(experts)) == ROWS_IN_ORDER[0]
             and layer.quant_method.moe_quant_config is not None
             and experts.quant_config.use_fp8_w8a8
             and experts.block_shape == [128, 128]

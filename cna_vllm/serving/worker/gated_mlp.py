@@ -17,15 +17,19 @@ A layer without one may have an MLP without a fused gate: see ``plain_mlp``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from cna_vllm.serving.worker.plain_mlp import ablated_layer_matches, hooked_without_adapter
+
+if TYPE_CHECKING:
+    from cna_vllm.serving.worker.state import SteeringState
+    from cna_vllm.serving.worker.table import CircuitTable
 
 
 class UnsupportedModelError(ValueError):
@@ -161,6 +165,41 @@ def _gated_mlp(
             "projection in every layer"
         )
     return found[0] if found else None
+
+
+def prove_hooks(
+    mlps: Sequence[GatedMlp],
+    state: SteeringState,
+    table: CircuitTable,
+    hidden_size: int,
+    dtype: torch.dtype,
+) -> None:
+    """Ablates every channel of a probe row in every layer, through the model's own code.
+
+    Raises UnsupportedModelError, naming the layers, for those that do not obey.
+    """
+    if not mlps:
+        return
+    masks = [table.layer_masks(mlp.layer) for mlp in mlps]
+    for mask in masks:
+        mask[0].fill_(0xFF)
+    state.slot_circuits[0, 0] = 0
+    state.slot_multipliers[0, 0] = 0.0
+    state.row_slot[1] = 0
+    try:
+        deaf = [m for m in mlps if not ablated_output_matches(m, hidden_size, dtype)]
+    finally:
+        for mask in masks:
+            mask[0].zero_()
+        state.slot_circuits[0, 0] = -1
+        state.slot_multipliers[0, 0] = 1.0
+        state.row_slot[1] = -1
+    if deaf:
+        names = ", ".join(f"{m.layer} ({m.path})" for m in deaf[:4])
+        raise UnsupportedModelError(
+            f"{len(deaf)} of {len(mlps)} layers do not obey the steering hook: {names}; their "
+            "forward pass goes around it, so this model would run unsteered; refusing to start"
+        )
 
 
 @torch.inference_mode()

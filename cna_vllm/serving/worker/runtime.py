@@ -20,11 +20,7 @@ from cna_vllm.serving.worker.experts import (
     SteeredExperts,
     prove_experts,
 )
-from cna_vllm.serving.worker.gated_mlp import (
-    GatedMlp,
-    UnsupportedModelError,
-    ablated_output_matches,
-)
+from cna_vllm.serving.worker.gated_mlp import GatedMlp, prove_hooks
 from cna_vllm.serving.worker.outputs import hook_outputs, prove_outputs, refuse_unfit
 from cna_vllm.serving.worker.plain_mlp import hook_input
 from cna_vllm.serving.worker.recording import Recorder
@@ -111,7 +107,7 @@ class SteeringRuntime:
         step = self.state.buffers(self.recorder.row_record if self.recorder else None)
         for mlp in mlps:
             self._hook(mlp, step)
-        self._prove_hooks(mlps, hidden_size, dtype)
+        prove_hooks(mlps, self.state, self.table, hidden_size, dtype)
         if self._experts is not None:
             self._steer_experts(experts, self._experts, step, dtype)
         if self.vectors is not None:
@@ -288,31 +284,6 @@ class SteeringRuntime:
             return []
         layers = [self.vectors.layer_vectors(layer) for layer in self.layers]
         return [self.state.slot_vectors, self.state.slot_coefficients, *layers]
-
-    def _prove_hooks(self, mlps: Sequence[GatedMlp], hidden_size: int, dtype: torch.dtype) -> None:
-        """Ablates every channel of a probe row in every layer, through the model's own code."""
-        if not mlps:
-            return
-        state, masks = self.state, [self.table.layer_masks(mlp.layer) for mlp in mlps]
-        for mask in masks:
-            mask[0].fill_(0xFF)
-        state.slot_circuits[0, 0] = 0
-        state.slot_multipliers[0, 0] = 0.0
-        state.row_slot[1] = 0
-        try:
-            deaf = [m for m in mlps if not ablated_output_matches(m, hidden_size, dtype)]
-        finally:
-            for mask in masks:
-                mask[0].zero_()
-            state.slot_circuits[0, 0] = -1
-            state.slot_multipliers[0, 0] = 1.0
-            state.row_slot[1] = -1
-        if deaf:
-            names = ", ".join(f"{m.layer} ({m.path})" for m in deaf[:4])
-            raise UnsupportedModelError(
-                f"{len(deaf)} of {len(mlps)} layers do not obey the steering hook: {names}; their "
-                "forward pass goes around it, so this model would run unsteered; refusing to start"
-            )
 
 
 def _why_unfused(mlps: Sequence[GatedMlp], config: CnaConfig, dtype: torch.dtype) -> str:
