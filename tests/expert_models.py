@@ -41,20 +41,22 @@ Triple = tuple[int, int, int]
 _Rows = Callable[[torch.Tensor, torch.Tensor, int], None]
 """Gets the down projection's input of an expert, and the positions of its rows."""
 
-# Positions as in published models: without them vLLM 0.32 and 0.33 rotate with an op of CPUs that
-# takes the heads of a query in three dimensions for more tokens. The sizes of the latent cache are
-# the only ones that their attention has there.
+YARN: Mapping[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+"""Rotation as in published models of DeepSeek: without it vLLM 0.32 and 0.33 rotate with an op of
+CPUs that takes the heads of a query in three dimensions for more tokens."""
+
+# The sizes of the latent cache are the only ones that this attention has kernels for on a CPU.
 _MLA: Mapping[str, Any] = {
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 10000.0,
-        "factor": 4.0,
-        "original_max_position_embeddings": 128,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-    },
+    "rope_parameters": YARN,
     "num_key_value_heads": 2,
     "kv_lora_rank": 512,
     "q_lora_rank": None,

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tests import models_towers
+from tests.expert_models import YARN
 from tests.oracles import HookedModel
 from tests.tiny_models import LAYERS, VOCABULARY, WIDTH
 
@@ -103,17 +104,7 @@ _MLA: Mapping[str, Any] = {
     "kv_lora_rank": 512,
     "qk_rope_head_dim": 64,
     "head_dim": 64,
-    # As in published models: without it, vLLM 0.32 and 0.33 rotate otherwise on a CPU.
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 10000.0,
-        "factor": 4.0,
-        "original_max_position_embeddings": 128,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-    },
+    "rope_parameters": YARN,
 }
 _TIED: Mapping[str, Any] = {"tie_word_embeddings": True}
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -105,6 +106,21 @@ def circuit_object(
             for index in indices
         ],
     }
+
+
+def two_circuits(
+    folder: Path, architecture: str
+) -> tuple[dict[str, dict[int, tuple[int, ...]]], dict[str, str]]:
+    """Circuits of a fifth of all neurons each, which overlap: channels and files, by name."""
+    circuits = {
+        name: channels(LAYERS, WIDTH, WIDTH // 5, seed) for name, seed in (("one", 1), ("two", 2))
+    }
+    files = {}
+    for name, by_layer in circuits.items():
+        file = folder / f"{name}.json"
+        file.write_text(json.dumps(circuit_object(by_layer, architecture=architecture)))
+        files[name] = str(file)
+    return circuits, files
 
 
 def mixtral(folder: Path) -> Path:

@@ -8,7 +8,6 @@ Raw token ids throughout: a random checkpoint has no tokenizer.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -139,17 +138,7 @@ def build(name: str, folder: Path) -> Subject:
     architecture = ARCHITECTURES[name]
     oracle = HookedModel(architecture.save(folder / "model"))
     assert type(oracle.model).__name__ == architecture.model_class
-    circuits = {
-        circuit: tiny_models.channels(LAYERS, WIDTH, WIDTH // 5, seed)
-        for circuit, seed in (("one", 1), ("two", 2))
-    }
-    files = {}
-    for circuit, channels in circuits.items():
-        file = folder / f"{circuit}.json"
-        file.write_text(
-            json.dumps(tiny_models.circuit_object(channels, architecture=architecture.model_class))
-        )
-        files[circuit] = str(file)
+    circuits, files = tiny_models.two_circuits(folder, architecture.model_class)
     engine = {"skip_tokenizer_init": True, "max_model_len": 128}
     vectors = {
         "mlp": random_vectors("mlp", range(LAYERS), 3, 0.5),

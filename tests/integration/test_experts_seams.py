@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch
 from cna_vllm.serving.seams import cpu_experts, experts
 from cna_vllm.serving.seams.experts import ROWS_IN_ORDER, hides_its_activation, hook_activation
 from tests.integration import triton_experts
+from tests.kernels.interpreted import run_interpreted
 
 
 def parameters(function: object) -> list[str]:
@@ -242,16 +240,5 @@ def test_nothing_runs_unsteered_where_rows_are_not_choices(
 
 def test_triton_experts() -> None:
     """vLLM's own ``TritonExperts`` with its kernels, and ours, in Triton's interpreter."""
-    worker = subprocess.run(
-        [sys.executable, triton_experts.__file__],
-        env={
-            **os.environ,
-            "TRITON_INTERPRET": "1",
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert worker.returncode == 0, worker.stderr[-4000:]
-    assert worker.stdout.strip().endswith("as expected"), worker.stdout[-2000:]
+    printed = run_interpreted(triton_experts.__file__).strip()
+    assert printed.endswith("as expected"), printed[-2000:]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from tests.integration.conftest import PLAIN, Subject
 from tests.oracles import assert_token_exact
 from tests.processes import SPAWN
 from tests.server import serve
-from tests.tiny_models import LAYERS, WIDTH
 from tests.torchvision_stand_in import SETUP
 from tests.vision_models import FAMILIES, WORDS, Family, Look, VisionModel, draw, save
 
@@ -169,17 +167,7 @@ def test_a_server_takes_images(tmp_path: Path) -> None:
 def build(family: Family, folder: Path) -> Subject:
     """A random checkpoint, its oracle and two circuits of a fifth of its text tower's neurons."""
     path = save(family, folder / "model")
-    circuits = {
-        circuit: tiny_models.channels(LAYERS, WIDTH, WIDTH // 5, seed)
-        for circuit, seed in (("one", 1), ("two", 2))
-    }
-    files = {}
-    for circuit, channels in circuits.items():
-        file = folder / f"{circuit}.json"
-        file.write_text(
-            json.dumps(tiny_models.circuit_object(channels, architecture=family.architecture))
-        )
-        files[circuit] = str(file)
+    circuits, files = tiny_models.two_circuits(folder, family.architecture)
     return Subject(str(path), VisionModel(path, family), circuits, files, {})
 
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``scale_experts`` under Triton's interpreter, in a process of its own; see test_scale_experts."""
 
-import os
-import sys
 from itertools import product
 from typing import Final
 
@@ -16,12 +14,6 @@ from tests.kernels.expert_cases import make_experts
 CASES: Final = list(
     product((torch.float32, torch.float16), (torch.int32, torch.int64), (1, 9, 150))
 )
-
-
-def environment() -> dict[str, str]:
-    """Of a process that interprets kernels."""
-    path = os.pathsep.join(path for path in sys.path if path)
-    return {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
 
 
 def main() -> None:

@@ -2,31 +2,17 @@
 """The Triton kernel, run by Triton's interpreter, against the reference."""
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from tests.kernels import interpreter_worker
+from tests.kernels.interpreted import run_interpreted
 
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    worker = subprocess.run(
-        [sys.executable, interpreter_worker.__file__],
-        env={
-            **os.environ,
-            "TRITON_INTERPRET": "1",
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert worker.returncode == 0, worker.stderr
-    result: dict[str, Any] = json.loads(worker.stdout)
+    result: dict[str, Any] = json.loads(run_interpreted(interpreter_worker.__file__))
     assert result["cases"] == len(interpreter_worker.CASES)
     return result
 

@@ -2,7 +2,6 @@
 """``scale_experts``: the rule, the CPU path, the interpreted kernel, and compiled kernels."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from cna_kernels.scale_experts import BLOCK, NUM_WARPS, scale_experts_kernel
 from tests.kernels import expert_interpreter
 from tests.kernels.cases import bits, same
 from tests.kernels.expert_cases import make_experts
+from tests.kernels.interpreted import run_interpreted
 
 OP = torch.ops.cna.scale_experts.default
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -71,15 +71,8 @@ def test_more_than_is_resolved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_interpreted_kernel() -> None:
     """The Triton kernel, in a process whose kernels are interpreted, is the reference."""
-    worker = subprocess.run(
-        [sys.executable, expert_interpreter.__file__],
-        env=expert_interpreter.environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert worker.returncode == 0, worker.stderr
-    assert worker.stdout.strip() == f"{len(expert_interpreter.CASES)} equal"
+    printed = run_interpreted(expert_interpreter.__file__)
+    assert printed.strip() == f"{len(expert_interpreter.CASES)} equal"
 
 
 @EACH_DTYPE
